@@ -1,0 +1,270 @@
+/* ops - the op table: every computation of the engine, as one struct of function pointers with two complete
+ * implementations, kernels/cpu (plain C and OpenBLAS, the reference) and kernels/cuda.
+ *
+ * Callers use the ops_* functions below: they check shapes and dtypes once, for all backends, and call the table.
+ * Ops run in order on o->stream and return before a GPU has finished; only ops_finish and ops_download wait.
+ * Pointers and tensor data are memory of the backend ("device") unless a comment says host. Nothing allocates:
+ * backends take their scratch at ops_reserve.
+ *
+ * Activations (x, y, q, k, v, out), logits and the KV cache have one activation dtype, o->dtype (float32 on CPU).
+ * Weights (w) are float32, float16 or bfloat16 and are widened on use; accumulation is float32. Vectors of norms and
+ * biases are float32. Row-major everywhere. */
+#ifndef VITRAIL_KERNELS_OPS_H
+#define VITRAIL_KERNELS_OPS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "base/tensor.h"
+
+struct ops {
+    const struct ops_vt *vt;
+    void *impl;       /* backend state */
+    void *stream;     /* what communicators order their data plane on; NULL on CPU */
+    enum dtype dtype; /* of activations and of the KV cache */
+};
+
+/* Upper bounds of the shapes that will be used; backends size their scratch by it. */
+struct ops_limits {
+    int max_tokens;      /* rows of one linear or attention call */
+    int max_seqs;        /* sequences in one call */
+    int max_context;     /* tokens of one lane */
+    int max_in_features; /* columns of the widest weight */
+    int max_heads, head_dim;
+    int vocab_size;
+};
+
+/* The KV cache as ops see it. A page holds page_size tokens of K and V of one KV head; a lane is the cache of one
+ * (sequence slot, layer, KV head): a row of page numbers and a length. lane = slot * lanes_per_slot + lane of the layer
+ * + local KV head. A token's position is never derived from its place in the lane. */
+struct kv_view {
+    struct tensor pool;  /* [n_pages, 2 (K, V) * page_size, head_dim] */
+    int32_t *page_row;   /* [n_slots * lanes_per_slot, max_pages] page numbers, valid below the lane's length */
+    int32_t *lane_len;   /* [n_slots * lanes_per_slot] tokens in the lane */
+    int32_t *free_stack; /* [n_pages] numbers of free pages; the first *free_count are valid */
+    int32_t *free_count; /* [1] */
+    int32_t *error; /* [1] nonzero once a lane found the stack empty or its row full: fatal, read with the tokens */
+    int page_size, head_dim, n_pages, max_pages, lanes_per_slot, n_slots;
+};
+
+/* Sequences of a call: rows [cu_seqlens[i], cu_seqlens[i+1]) of q, k, v belong to slot[i]. Host copies stand beside the
+ * device arrays where a backend needs sizes to launch; a captured decode step uses the device arrays alone. */
+struct seq_batch {
+    int n_seqs, n_tokens;
+    const int32_t *slot;            /* [n_seqs] device */
+    const int32_t *cu_seqlens;      /* [n_seqs + 1] device; NULL: one row a sequence (decode) */
+    const int32_t *host_slot;       /* [n_seqs] host; NULL in decode */
+    const int32_t *host_cu_seqlens; /* [n_seqs + 1] host; NULL in decode */
+};
+
+/* One layer's heads on this rank: query head h reads KV head h / (n_heads / n_kv_heads). */
+struct attention_heads {
+    int n_heads, n_kv_heads, head_dim;
+    int lane; /* first lane of this layer within a slot */
+    float scale;
+};
+
+/* Statistics that a policy asks of the prompt's attention (ALGORITHMS.md 1.4, DESIGN.md section 3). Query row i has
+ * position first_position + i and sees the keys 0 .. its position of its lane. A = softmax of the scaled logits. */
+struct attention_probe {
+    int slot, n_rows, first_position;
+    const float *row_weight; /* [n_rows] device; NULL: all ones */
+    float threshold;   /* p: an entry counts if A >= p * its row's maximum, in logits s >= max + ln p; 0: no count */
+    float *column_sum; /* [n_kv_heads, first_position + n_rows]: sum over rows and the group's heads of weight * A */
+    int64_t *kept;     /* [n_heads] entries at or above the threshold; NULL: not wanted */
+};
+
+enum activation { ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
+
+/* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
+struct sampling_params {
+    float temperature, top_p, min_p;
+    float presence_penalty, frequency_penalty, repetition_penalty;
+    int32_t top_k;
+    int32_t n_logprobs; /* 0: none, else the chosen token's and this many best ones', at most MAX_LOGPROBS */
+    uint64_t seed;      /* the random number of a token is keyed by (seed, its position) */
+};
+enum { MAX_LOGPROBS = 20 };
+
+/* Per-slot state that sampling reads and writes; lives on the device for the whole run. */
+struct sampling_state {
+    struct sampling_params *params; /* [n_slots] */
+    int32_t *token_count;   /* [n_slots, vocab_size]: low 24 bits = times generated; bit 30 = stands in the prompt */
+    int32_t *next_token;    /* [n_slots] the sampled token, input of the next decode step */
+    int32_t *position;      /* [n_slots] position of next_token */
+    float *logprob;         /* [n_slots, 1 + MAX_LOGPROBS] of the chosen and the best tokens (before penalties
+                               and temperature) */
+    int32_t *logprob_token; /* [n_slots, 1 + MAX_LOGPROBS] */
+    int vocab_size, n_slots;
+};
+enum { TOKEN_COUNT_MASK = (1 << 24) - 1, TOKEN_IN_PROMPT = 1 << 30 };
+
+struct ops_vt {
+    const char *name;
+    int (*open)(struct ops *o, int device, int n_threads);
+    void (*close)(struct ops *o);
+    int (*reserve)(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure);
+    int (*memory_take)(struct ops *o, size_t bytes, void **out);
+    void (*memory_give_back)(struct ops *o, void *memory, size_t bytes);
+    int (*upload)(struct ops *o, void *to, const void *from_host, size_t bytes);
+    int (*download)(struct ops *o, void *to_host, const void *from, size_t bytes);
+    int (*copy)(struct ops *o, void *to, const void *from, size_t bytes);
+    int (*zero)(struct ops *o, void *to, size_t bytes);
+    int (*finish)(struct ops *o);
+    int (*run_step)(struct ops *o, int bucket, int (*body)(void *arg), void *arg);
+    /* tokens and rows */
+    int (*embed)(struct ops *o, struct tensor y, struct tensor table, const int32_t *ids, int first_row);
+    int (*gather_rows)(struct ops *o, struct tensor y, struct tensor x, const int32_t *index);
+    int (*scatter_rows)(struct ops *o, struct tensor y, const int32_t *index, struct tensor x);
+    int (*decode_inputs)(struct ops *o, int32_t *ids, int32_t *position, const int32_t *slot, int n,
+                         const struct sampling_state *state);
+    /* layers */
+    int (*rms_norm)(struct ops *o, struct tensor y, struct tensor x, const float *w, float eps);
+    int (*add_rms_norm)(struct ops *o, struct tensor y, struct tensor residual, struct tensor x, const float *w,
+                        float eps);
+    int (*layer_norm)(struct ops *o, struct tensor y, struct tensor x, const float *w, const float *b, float eps);
+    int (*add)(struct ops *o, struct tensor y, struct tensor x);
+    int (*linear)(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias);
+    int (*rope)(struct ops *o, struct tensor x, const int32_t *position, const float *inverse_frequency, float scale);
+    int (*swiglu)(struct ops *o, struct tensor y, struct tensor gate_up);
+    int (*activate)(struct ops *o, struct tensor x, enum activation kind);
+    int (*image_patches)(struct ops *o, struct tensor y, const uint8_t *pixels, int n_images, int image_size,
+                         int patch_size, const float *scale, const float *shift);
+    /* attention */
+    int (*attention_vision)(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                            int n_images, float scale);
+    int (*attention_prefill)(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                             const struct seq_batch *batch, const struct kv_view *kv,
+                             const struct attention_heads *heads);
+    int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                            const struct kv_view *kv, const struct attention_heads *heads);
+    int (*attention_probe)(struct ops *o, struct tensor q, const struct kv_view *kv,
+                           const struct attention_heads *heads, const struct attention_probe *probe);
+    /* cache */
+    int (*kv_reset)(struct ops *o, const struct kv_view *kv);
+    int (*kv_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
+                     struct tensor v, const struct seq_batch *batch);
+    int (*kv_pack)(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
+                   int keep_stride, const int32_t *n_keep);
+    int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
+    /* selection and sampling */
+    int (*select_top)(struct ops *o, int32_t *index, struct tensor score, int k, int window);
+    int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
+    int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
+    int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
+                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);
+};
+extern const struct ops_vt ops_cpu;
+
+/* ops_open - opens a backend ("cpu" or "cuda") on a device number; n_threads: CPU threads of this rank (>= 1).
+ * Errors: ERR_UNSUPPORTED naming what this build has, ERR_DEVICE. ops_close accepts a failed open. */
+int ops_open(struct ops *o, const char *backend, int device, int n_threads) MUST_CHECK;
+void ops_close(struct ops *o);
+
+/* ops_device_count - devices of the backend that this process can use: 0 for "cuda" without a GPU or in a CPU build. */
+int ops_device_count(const char *backend);
+
+/* ops_reserve - takes the backend's scratch for these limits; with measure = true only adds it up into *bytes. */
+int ops_reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure) MUST_CHECK;
+
+/* Memory. ops_memory_take - zeroed, 256-byte aligned, really backed (a later page fault cannot fail);
+ * ERR_NOMEM with the size. ops_upload/ops_download - host to device and back; download waits for it. */
+int ops_memory_take(struct ops *o, size_t bytes, void **out) MUST_CHECK;
+void ops_memory_give_back(struct ops *o, void *memory, size_t bytes);
+int ops_upload(struct ops *o, void *to, const void *from_host, size_t bytes) MUST_CHECK;
+int ops_download(struct ops *o, void *to_host, const void *from, size_t bytes) MUST_CHECK;
+int ops_copy(struct ops *o, void *to, const void *from, size_t bytes) MUST_CHECK;
+int ops_zero(struct ops *o, void *to, size_t bytes) MUST_CHECK;
+/* ops_finish - waits until all ops so far are done. */
+int ops_finish(struct ops *o) MUST_CHECK;
+
+/* ops_run_step - runs body(arg), a decode step of `bucket` rows. A GPU backend captures it the first time a bucket is
+ * seen and replays the graph afterwards, so body must issue the same ops for the same bucket. The CPU calls body. */
+int ops_run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg) MUST_CHECK;
+
+/* ops_embed - y[i] = table[ids[i] - first_row], or zeros where that row is not in this shard.
+ *   y [n, hidden]; table [rows, hidden] weight dtype; ids [n] i32. */
+int ops_embed(struct ops *o, struct tensor y, struct tensor table, const int32_t *ids, int first_row) MUST_CHECK;
+/* ops_gather_rows - y[i] = x[index[i]]; ops_scatter_rows - y[index[i]] = x[i] where index[i] >= 0. index [rows] i32. */
+int ops_gather_rows(struct ops *o, struct tensor y, struct tensor x, const int32_t *index) MUST_CHECK;
+int ops_scatter_rows(struct ops *o, struct tensor y, const int32_t *index, struct tensor x) MUST_CHECK;
+/* ops_decode_inputs - ids[i] = next_token[slot[i]], position[i] = state position of slot[i] (not changed; sample
+ * advances it). slot[i] < 0 is a padding row: id 0, position 0. */
+int ops_decode_inputs(struct ops *o, int32_t *ids, int32_t *position, const int32_t *slot, int n,
+                      const struct sampling_state *state) MUST_CHECK;
+
+/* ops_rms_norm - y = x / sqrt(mean(x^2) + eps) * w, per row; y may be x. w [hidden] float32.
+ * ops_add_rms_norm - residual += x, then y = rms_norm(residual). */
+int ops_rms_norm(struct ops *o, struct tensor y, struct tensor x, const float *w, float eps) MUST_CHECK;
+int ops_add_rms_norm(struct ops *o, struct tensor y, struct tensor residual, struct tensor x, const float *w,
+                     float eps) MUST_CHECK;
+int ops_layer_norm(struct ops *o, struct tensor y, struct tensor x, const float *w, const float *b,
+                   float eps) MUST_CHECK;
+/* ops_add - y += x; x has y's shape, or fewer rows that repeat (y rows a multiple of x rows: position embeddings). */
+int ops_add(struct ops *o, struct tensor y, struct tensor x) MUST_CHECK;
+/* ops_linear - y = x w^T + bias. x [n, in], w [out, in], y [n, out] (row stride may exceed out; float32 y allowed for
+ * logits), bias [out] float32 or NULL. Reads each weight once for the whole batch. */
+int ops_linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+/* ops_rope - rotates in place (rotate-half pairs i, i + head_dim/2). x [n, heads, head_dim] (row stride free),
+ * position [n], inverse_frequency [head_dim/2] float32; cos and sin times `scale`. Angles in float32, as transformers.
+ */
+int ops_rope(struct ops *o, struct tensor x, const int32_t *position, const float *inverse_frequency,
+             float scale) MUST_CHECK;
+/* ops_swiglu - y[n, f] = silu(gate) * up; gate_up [n, 2f]: gate columns, then up columns. */
+int ops_swiglu(struct ops *o, struct tensor y, struct tensor gate_up) MUST_CHECK;
+int ops_activate(struct ops *o, struct tensor x, enum activation kind) MUST_CHECK;
+/* ops_image_patches - uint8 pixels [n_images, image_size, image_size, 3] (device) to rows for the patch linear:
+ * y [n_images * patches, 3 * patch_size^2] ordered channel, row, column, as a flattened conv weight [out, 3, p, p];
+ * value = pixel * scale[c] + shift[c]; scale, shift host [3]. */
+int ops_image_patches(struct ops *o, struct tensor y, const uint8_t *pixels, int n_images, int image_size,
+                      int patch_size, const float *scale, const float *shift) MUST_CHECK;
+
+/* ops_attention_vision - full attention within each image. q, k, v, out [n_images * tokens, heads, head_dim]; row
+ * strides free. */
+int ops_attention_vision(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                         int n_images, float scale) MUST_CHECK;
+/* ops_attention_prefill - causal attention of prompt chunks, called after kv_append of the same chunk: row j of
+ * sequence i sees the lane's tokens before the chunk (lane_len - chunk rows of them, from the pages) and chunk rows
+ * 0..j (from dense k, v). q, out [n, n_heads, head_dim], k, v [n, n_kv_heads, head_dim]; row strides free. */
+int ops_attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                          const struct seq_batch *batch, const struct kv_view *kv,
+                          const struct attention_heads *heads) MUST_CHECK;
+/* ops_attention_decode - one query row a sequence over its whole lane, after kv_append. slot < 0: padding row, out 0. A
+ * row's result does not depend on the other rows of the batch. */
+int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                         const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
+/* ops_attention_probe - see struct attention_probe. q [n_rows, n_heads, head_dim] post-RoPE; keys are read from the
+ * lane, which still holds the whole prompt in order. column_sum and kept are written, not added to. */
+int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
+                        const struct attention_probe *probe) MUST_CHECK;
+
+/* ops_kv_reset - all pages free, all lanes empty. */
+int ops_kv_reset(struct ops *o, const struct kv_view *kv) MUST_CHECK;
+/* ops_kv_append - k, v [n, n_kv_heads, head_dim] rows go to the end of their sequences' lanes; pages are popped as
+ * needed. */
+int ops_kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
+                  struct tensor v, const struct seq_batch *batch) MUST_CHECK;
+/* ops_kv_pack - keeps, in each of n_lanes lanes from `lane` on of a slot, the entries keep[i * keep_stride + 0 ..
+ * n_keep[i]) (ascending, device; n_keep host) moved left inside the lane's own pages; pages beyond are pushed back. */
+int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
+                int keep_stride, const int32_t *n_keep) MUST_CHECK;
+/* ops_kv_release - empties all lanes of a slot and pushes their pages. */
+int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
+
+/* ops_select_top - per row of score [rows, n] float32 the newest `window` positions plus the best k - window of the
+ * others, ascending, into index [rows, k]. Equal scores: the lower position wins. 0 <= window <= k <= n. */
+int ops_select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window) MUST_CHECK;
+/* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
+int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
+/* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).
+ * Order as vLLM's: repetition, frequency and presence penalties; temperature; min_p; top_k; top_p. Writes next_token,
+ * logprob and token_count of the slot and adds 1 to its position. The same bits in give the same token out. */
+int ops_sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state) MUST_CHECK;
+/* ops_sampling_begin - a new sequence in a slot: parameters, prompt marks (prompt_ids device [n_prompt], < 0 or past
+ * the vocabulary ignored), counts zero, position such that the first sampled token has position n_prompt. */
+int ops_sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
+                       const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt) MUST_CHECK;
+
+#endif
