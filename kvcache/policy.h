@@ -1,0 +1,144 @@
+/* policy - what decides which tokens of a prompt stay in the KV cache. A policy decides, kvcache/kv.h executes.
+ *
+ * A policy is a table of optional hooks; `full` is the table with none. It sees this rank's heads, the op table and one
+ * reduction over ranks (exact integer counts); it knows no rank number and no vendor header. What must be equal on all
+ * ranks (budgets, and so lane lengths and page counts) may only follow from reduced integers; which tokens a lane keeps
+ * is each rank's own business. */
+#ifndef VITRAIL_KVCACHE_POLICY_H
+#define VITRAIL_KVCACHE_POLICY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/arena.h"
+#include "base/status.h"
+#include "kernels/ops.h"
+#include "parallel/comm.h"
+
+/* How much of a prompt stays: a share of its tokens (1 = all), or a number of tokens if tokens > 0. */
+struct kv_budget {
+    double share;
+    int tokens;
+};
+
+/* kv_budget_parse - "0.1" or "64t". Errors: ERR_CONFIG. kv_budget_share - the share kept of a prompt of m tokens, <= 1.
+ * kv_budget_print - "0.1" or "64t" into buf, returned. */
+int kv_budget_parse(const char *text, struct kv_budget *out) MUST_CHECK;
+double kv_budget_share(struct kv_budget budget, int m);
+const char *kv_budget_print(struct kv_budget budget, char *buf, size_t size);
+
+enum vl_cache_rounding { VL_CACHE_FLOOR, VL_CACHE_LARGEST_REMAINDER, VL_CACHE_WATER_FILLED };
+enum vl_cache_window_of { VL_CACHE_WINDOW_OF_LAYER, VL_CACHE_WINDOW_OF_PROMPT };
+
+/* Options of VL-Cache (arXiv 2410.23317); defaults from vl_cache_options_default are ALGORITHMS.md section 11's. */
+struct vl_cache_options {
+    double threshold;          /* p: share of a row's maximum from which an entry counts, 0.01 */
+    double clip_min, clip_max; /* of a layer's share of the prompt, 0.01 and 1 */
+    int rounding;              /* enum vl_cache_rounding */
+    double window;             /* newest tokens always kept, as a share of the layer's budget, 0.1 */
+    int window_of;             /* enum vl_cache_window_of: of k_l, or of the overall budget alpha * m */
+    int min_rows;              /* judging rows: extend back over text to this many, 16; 0 is the paper's rule */
+    int no_image_rows;         /* judging rows of a prompt without image, 64 */
+    int max_rows;              /* judge by the last max_rows rows only (the paper's speed runs: 50); 0: no cap */
+};
+void vl_cache_options_default(struct vl_cache_options *options);
+
+/* The kv_cache part of the configuration, as far as policies read it. */
+struct policy_config {
+    char policy[32]; /* name in the registry */
+    struct kv_budget budget;
+    struct vl_cache_options vl_cache;
+};
+
+/* This rank's share of one layer. */
+struct policy_layer {
+    struct attention_heads heads;
+    bool counted; /* this rank's heads enter sums over ranks; false on all but the lowest of several replicas */
+};
+
+/* What a policy is opened with; valid for its life. */
+struct policy_env {
+    struct ops *ops;
+    struct comm *comm; /* for policy_sum_counts alone */
+    const struct kv_view *kv;
+    const struct policy_layer *layers; /* [n_layers] */
+    int n_layers;
+    int g_n_heads;         /* query heads over all ranks */
+    int max_context;       /* tokens of the longest prompt */
+    int max_prompt_tokens; /* tokens of all prompts that end their prefill in one step */
+};
+
+/* One sequence that finishes its prompt in this step. */
+struct policy_sequence {
+    int slot;
+    int prompt_tokens; /* m */
+    int first_column;  /* its offset among the prompts of this step, for the policy's buffers */
+    int n_spans;       /* images: [start, end) token ranges */
+    const struct image_span {
+        int start, end;
+    } * spans;
+    int last_turn_start; /* first token of the last user turn */
+    struct kv_budget budget;
+};
+
+/* What a layer's prefill offers: q of the sequence's newest rows, post-RoPE. */
+struct policy_prefill {
+    int layer;
+    struct tensor q;    /* [n_rows, n_heads, head_dim], the last n_rows rows of the prompt */
+    int first_position; /* position of q's first row */
+};
+
+/* A policy's decision for one layer: per KV head of this rank the ascending entries to keep. */
+struct policy_keep {
+    int k;                /* tokens kept in each lane; equal on all ranks; prompt_tokens: all, index unused */
+    const int32_t *index; /* [n_kv_heads, k] device; valid until the next sequence's decision */
+};
+
+struct policy;
+struct policy_vt {
+    const char *name, *paper;
+    bool whole_prompt; /* needs the prompt in one chunk */
+    /* Places state in an arena (measuring or real); called before any other hook. */
+    int (*open)(struct policy *policy, struct arena *arena);
+    void (*close)(struct policy *policy);
+    /* Judging rows of a prompt: the policy wants q of positions [first, m). Used to cut chunks so that the last holds
+     * them. */
+    int (*judging_rows)(const struct policy *policy, const struct policy_sequence *sequence);
+    /* After each layer's attention of the chunk that ends the prompt. */
+    int (*prefill_layer)(struct policy *policy, const struct policy_sequence *sequence,
+                         const struct policy_prefill *in);
+    /* After the last layer: budgets for all layers (host). Collective over ranks. */
+    int (*prefill_end)(struct policy *policy, const struct policy_sequence *sequence, int *k);
+    /* The keep list of one layer, given its k. */
+    int (*select)(struct policy *policy, const struct policy_sequence *sequence, int layer, int k,
+                  struct policy_keep *out);
+};
+
+struct policy {
+    const struct policy_vt *vt;
+    struct policy_config config;
+    struct policy_env env;
+    void *state; /* the policy's own, from its open */
+};
+
+/* policy_find - by name; ERR_CONFIG listing the names and the nearest one. policy_name - i-th name, NULL past the end.
+ */
+int policy_find(const char *name, const struct policy_vt **out) MUST_CHECK;
+const char *policy_name(int i);
+
+/* policy_open - opens the configured policy, placing its state in `arena` (measure or place). policy_close undoes it.
+ */
+int policy_open(struct policy *policy, const struct policy_config *config, const struct policy_env *env,
+                struct arena *arena) MUST_CHECK;
+void policy_close(struct policy *policy);
+
+/* policy_runs - false where the budget keeps all tokens of an m-token prompt, or the policy has no hooks. */
+bool policy_runs(const struct policy *policy, const struct policy_sequence *sequence);
+
+/* policy_sum_counts - sums n int64 (host) over ranks, exactly. Collective. */
+int policy_sum_counts(struct policy *policy, int64_t *counts, int n) MUST_CHECK;
+
+/* Registered tables. */
+extern const struct policy_vt policy_full, policy_vl_cache;
+
+#endif
