@@ -32,12 +32,13 @@ int shard_max_kv_heads(int n_kv_heads, int tp_size);
 /* shard_kv_heads_total - KV heads of `rank`, summed over layers [0, n_layers); ranks differ by at most one. */
 int64_t shard_kv_heads_total(int n_kv_heads, int tp_size, int rank, int n_layers);
 
-/* shard_items - rows or columns [first, first + count) of `total`, dealt in whole units; ranks differ by at most
- * one unit, lower ranks get the remainder. `unit` divides total and is >= 1; ranks beyond the last unit get 0. */
-struct shard_range shard_items(int64_t total, int64_t unit, int tp_size, int rank);
+/* shard_range - rows or columns [first, first + count) of `total`, dealt in whole units; ranks differ by at most
+ * one unit, lower ranks get the remainder; ranks beyond the last unit get 0 items. unit >= 1; if it does not divide
+ * total, the last unit is short. total >= 0. */
+struct shard_range shard_range(int64_t total, int64_t unit, int tp_size, int rank);
 
-/* shard_max_items - the largest share: rank 0's. */
-int64_t shard_max_items(int64_t total, int64_t unit, int tp_size);
+/* shard_max_count - the largest share: rank 0's. */
+int64_t shard_max_count(int64_t total, int64_t unit, int tp_size);
 
 /* shard_mlp_unit - columns of an MLP are dealt in units of 16 if that divides them, else one by one. */
 int64_t shard_mlp_unit(int64_t intermediate_size);
