@@ -76,7 +76,7 @@ struct attention_probe {
     int64_t *kept;     /* [n_heads] entries at or above the threshold; NULL: not wanted */
 };
 
-enum activation { ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
+enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 /* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
 struct sampling_params {

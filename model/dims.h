@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "base/tensor.h"
+#include "kernels/ops.h" /* enum activation */
 
 enum { MODEL_MAX_HEAD_DIM = 512, MODEL_MAX_EOS_IDS = 16 };
 
@@ -22,7 +23,6 @@ enum rope_scaling {
     ROPE_SCALING_TABLE,  /* frequency i / table[i]: rope_freqs.weight of a GGUF file */
     ROPE_SCALING_N
 };
-enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 struct rope_dims {
     double theta;
