@@ -1,0 +1,101 @@
+#include "kvcache/pages.h"
+
+#include <stdlib.h>
+
+struct pages {
+    int n_ranks, n_layers, page_size, n_slots;
+    int *heads;        /* [n_ranks, n_layers] */
+    int64_t *free;     /* [n_ranks] */
+    int64_t *reserved; /* [n_slots, n_ranks] */
+};
+
+int pages_open(int n_ranks, int n_layers, int page_size, int n_slots, const int *heads, int64_t total,
+               struct pages **out)
+{
+    struct pages *p = calloc(1, sizeof *p);
+    if (!p) FAIL(ERR_NOMEM, "page accounts: out of memory");
+    size_t cells = (size_t)n_ranks * (size_t)n_layers;
+    *p = (struct pages){.n_ranks = n_ranks, .n_layers = n_layers, .page_size = page_size, .n_slots = n_slots};
+    p->heads = calloc(cells, sizeof *p->heads);
+    p->free = calloc((size_t)n_ranks, sizeof *p->free);
+    p->reserved = calloc((size_t)n_slots * (size_t)n_ranks, sizeof *p->reserved);
+    if (!p->heads || !p->free || !p->reserved) {
+        pages_close(p);
+        FAIL(ERR_NOMEM, "page accounts: out of memory");
+    }
+    for (size_t i = 0; i < cells; i++) p->heads[i] = heads[i];
+    for (int r = 0; r < n_ranks; r++) p->free[r] = total;
+    *out = p;
+    return OK;
+}
+
+void pages_close(struct pages *p)
+{
+    if (!p) return;
+    free(p->heads);
+    free(p->free);
+    free(p->reserved);
+    free(p);
+}
+
+static int64_t pages_of(const struct pages *p, int length)
+{
+    return ((int64_t)length + p->page_size - 1) / p->page_size;
+}
+
+static int64_t lanes_of(const struct pages *p, int rank)
+{
+    int64_t lanes = 0;
+    for (int l = 0; l < p->n_layers; l++) lanes += p->heads[rank * p->n_layers + l];
+    return lanes;
+}
+
+int64_t pages_needed(const struct pages *p, int length)
+{
+    int64_t most = 0;
+    for (int r = 0; r < p->n_ranks; r++) {
+        int64_t need = lanes_of(p, r) * pages_of(p, length);
+        if (need > most) most = need;
+    }
+    return most;
+}
+
+bool pages_reserve(struct pages *p, int slot, int length)
+{
+    for (int r = 0; r < p->n_ranks; r++)
+        if (lanes_of(p, r) * pages_of(p, length) > p->free[r]) return false;
+    for (int r = 0; r < p->n_ranks; r++) {
+        int64_t need = lanes_of(p, r) * pages_of(p, length);
+        p->free[r] -= need;
+        p->reserved[slot * p->n_ranks + r] = need;
+    }
+    return true;
+}
+
+void pages_resize(struct pages *p, int slot, const int *length, int extra)
+{
+    for (int r = 0; r < p->n_ranks; r++) {
+        int64_t need = 0, *had = &p->reserved[slot * p->n_ranks + r];
+        for (int l = 0; l < p->n_layers; l++) need += p->heads[r * p->n_layers + l] * pages_of(p, length[l] + extra);
+        if (need > *had) need = *had;
+        p->free[r] += *had - need;
+        *had = need;
+    }
+}
+
+void pages_release(struct pages *p, int slot)
+{
+    for (int r = 0; r < p->n_ranks; r++) {
+        int64_t *had = &p->reserved[slot * p->n_ranks + r];
+        p->free[r] += *had;
+        *had = 0;
+    }
+}
+
+int64_t pages_free(const struct pages *p)
+{
+    int64_t least = p->free[0];
+    for (int r = 1; r < p->n_ranks; r++)
+        if (p->free[r] < least) least = p->free[r];
+    return least;
+}
