@@ -22,7 +22,7 @@ struct image {
 /* What an image file may ask for. All are checked on the header, before pixel memory is taken. */
 struct image_limits {
     size_t max_bytes;   /* of the encoded file */
-    int64_t max_pixels; /* width x height; decoding takes at most 13 bytes a pixel at its peak */
+    int64_t max_pixels; /* width x height; decoding takes about 11 bytes a pixel at its peak (progressive CMYK) */
     int max_side;       /* pixels of the longer side */
     double max_aspect;  /* longer side / shorter side: beyond it a centre crop shows nothing of the picture */
 };
