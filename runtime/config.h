@@ -61,7 +61,16 @@ struct config {
 enum { CONFIG_AUTO_MODEL_LEN = 4096 };
 
 /* One row of the table. */
-enum config_type { CONFIG_TEXT, CONFIG_CHOICE, CONFIG_INT, CONFIG_BYTES, CONFIG_SEED, CONFIG_DOUBLE, CONFIG_BUDGET };
+enum config_type {
+    CONFIG_TEXT,
+    CONFIG_POLICY, /* text that policy_find knows */
+    CONFIG_CHOICE,
+    CONFIG_INT,
+    CONFIG_BYTES, /* an integer with a suffix such as MiB */
+    CONFIG_SEED,
+    CONFIG_DOUBLE,
+    CONFIG_BUDGET
+};
 struct config_key {
     const char *path; /* "kv_cache.policy" */
     enum config_type type;
@@ -85,8 +94,9 @@ const struct config_key *config_find_option(const char *option);
 /* config_option_name - "kv-cache-policy" of a row into buf, returned. */
 const char *config_option_name(const struct config_key *key, char *buf, size_t size);
 
-/* config_option_alias - i-th accepted other name of an option ("tp"), NULL past the end. *key gets its row. */
-const char *config_option_alias(int i, const struct config_key **key);
+/* config_alias - i-th other name of a key, as YAML accepts it ("tp"; options with dashes), NULL past the end. *key gets
+ * its row. */
+const char *config_alias(int i, const struct config_key **key);
 
 /* config_defaults - presets everything. Errors: ERR_BUG if the table contradicts itself. */
 int config_defaults(struct config *config) MUST_CHECK;
@@ -101,7 +111,7 @@ int config_load_yaml_memory(struct config *config, const char *text, size_t size
  * ("--kv-budget"). Errors: ERR_CONFIG. */
 int config_set(struct config *config, const char *key, const char *value, const char *where) MUST_CHECK;
 
-/* config_check - what no single key can tell: a model is named, the policy exists, limits agree. ERR_CONFIG. */
+/* config_check - what no single key can tell: a model is named, limits agree. ERR_CONFIG. */
 int config_check(const struct config *config) MUST_CHECK;
 
 /* config_value - the value of a row as YAML has it, malloc'd; NULL without memory. config_print - the whole

@@ -1,0 +1,184 @@
+/* config_table - the rows of every configuration key, their aliases, and how a row is found.
+ * What a key does when it is absent stands here alone: docs/configuration.md and --help repeat it. */
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "runtime/config.h"
+
+static const char *const device_names[] = {"auto", "cuda", "cpu", NULL};
+static const char *const dtype_names[] = {"auto", "float32", "float16", "bfloat16", NULL};
+static const char *const kv_dtype_names[] = {"auto", "float32", "float16", "bfloat16", "fp8", "int8", NULL};
+static const char *const heads_names[] = {"equal", "adaptive", NULL};
+static const char *const evicted_names[] = {"free", "host", NULL};
+static const char *const load_names[] = {"auto", "dummy", NULL};
+static const char *const chat_names[] = {"auto", "llava-1.5", "llama-2", "llama-3", "chatml", NULL};
+static const char *const log_names[] = {"error", "warning", "info", "debug", NULL};
+static const char *const rounding_names[] = {"floor", "largest_remainder", "water_filled", NULL};
+static const char *const window_of_names[] = {"layer", "prompt", NULL};
+
+#define PLACE(member) offsetof(struct config, member), sizeof(((struct config *)0)->member)
+#define TEXT(path, member, preset, help)                                                                               \
+    {                                                                                                                  \
+        path, CONFIG_TEXT, PLACE(member), preset, 0, 0, false, NULL, 0, help                                           \
+    }
+#define WORD(path, member, preset, names, help)                                                                        \
+    {                                                                                                                  \
+        path, CONFIG_TEXT, PLACE(member), preset, 0, 0, false, names, 0, help                                          \
+    }
+#define CHOICE(path, member, preset, names, n_served, help)                                                            \
+    {                                                                                                                  \
+        path, CONFIG_CHOICE, PLACE(member), preset, 0, 0, false, names, n_served, help                                 \
+    }
+#define INT(path, member, preset, min, max, help)                                                                      \
+    {                                                                                                                  \
+        path, CONFIG_INT, PLACE(member), preset, min, max, false, NULL, 0, help                                        \
+    }
+#define INT_AUTO(path, member, min, max, help)                                                                         \
+    {                                                                                                                  \
+        path, CONFIG_INT, PLACE(member), "auto", min, max, true, NULL, 0, help                                         \
+    }
+#define BYTES(path, member, preset, min, max, help)                                                                    \
+    {                                                                                                                  \
+        path, CONFIG_BYTES, PLACE(member), preset, min, max, false, NULL, 0, help                                      \
+    }
+#define BYTES_AUTO(path, member, min, max, help)                                                                       \
+    {                                                                                                                  \
+        path, CONFIG_BYTES, PLACE(member), "auto", min, max, true, NULL, 0, help                                       \
+    }
+#define DOUBLE(path, member, preset, min, max, help)                                                                   \
+    {                                                                                                                  \
+        path, CONFIG_DOUBLE, PLACE(member), preset, min, max, false, NULL, 0, help                                     \
+    }
+#define VL(name) "kv_cache.vl_cache." name
+
+static const double MAX_BYTES = 1LL << 50;
+
+static const struct config_key table[] = {
+    TEXT("model", model, "", "model directory (safetensors) or .gguf file; no default"),
+    CHOICE("device", device, "auto", device_names, 0, "where ranks compute; auto: cuda where there is a GPU, else cpu"),
+    CHOICE("dtype", dtype, "auto", dtype_names, 0, "dtype of the weights in memory; auto: as the checkpoint has them"),
+    INT_AUTO("tensor_parallel_size", tensor_parallel_size, 1, 1024,
+             "ranks that share the model; auto: as many as mpirun started; else checked against that"),
+    INT("data_parallel_size", data_parallel_size, "1", 1, 1, "copies of the model; this build serves 1"),
+    INT_AUTO("max_model_len", max_model_len, 1, 1 << 24,
+             "longest sequence in tokens, prompt and answer; auto: the smaller of the model's and 4096"),
+    INT("max_num_seqs", max_num_seqs, "64", 1, 4096, "most sequences that run at once"),
+    INT("max_num_batched_tokens", max_num_batched_tokens, "8192", 1, 1 << 20,
+        "most prompt tokens computed in one step; longer prompts are cut into chunks"),
+    DOUBLE("gpu_memory_utilization", gpu_memory_utilization, "0.92", 0.01, 1,
+           "share of each GPU's memory to use; on CPU ranks it has no effect"),
+    BYTES_AUTO("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, MAX_BYTES,
+               "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
+               "free memory over them, at most what max_num_seqs sequences can fill"),
+    {"kv_cache.policy", CONFIG_POLICY, PLACE(kv_cache.policy), "vl_cache", 0, 0, false, NULL, 0,
+     "which tokens of a prompt stay in the cache: full (all of them) or vl_cache"},
+    {"kv_cache.budget", CONFIG_BUDGET, PLACE(kv_cache.budget), "0.1", 0, 1, false, NULL, 0,
+     "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"},
+    CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
+    INT("kv_cache.page_size", kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
+    CHOICE("kv_cache.heads", kv_heads, "equal", heads_names, 1, "how a layer's budget is split over its KV heads"),
+    CHOICE("kv_cache.evicted", kv_evicted, "free", evicted_names, 1, "what becomes of tokens that are not kept"),
+    DOUBLE(VL("threshold"), kv_cache.vl_cache.threshold, "0.01", 0, 1,
+           "share of a row's largest attention from which an entry counts as not sparse"),
+    DOUBLE(VL("clip_min"), kv_cache.vl_cache.clip_min, "0.01", 0, 1, "least share of the prompt that a layer keeps"),
+    DOUBLE(VL("clip_max"), kv_cache.vl_cache.clip_max, "1", 0, 1, "largest share of the prompt that a layer keeps"),
+    CHOICE(VL("rounding"), kv_cache.vl_cache.rounding, "floor", rounding_names, 0,
+           "how layer shares become token counts"),
+    DOUBLE(VL("window"), kv_cache.vl_cache.window, "0.1", 0, 1,
+           "newest tokens that are always kept, as a share of a budget"),
+    CHOICE(VL("window_of"), kv_cache.vl_cache.window_of, "layer", window_of_names, 0,
+           "of which budget: the layer's own, or the whole prompt's"),
+    INT(VL("min_rows"), kv_cache.vl_cache.min_rows, "16", 0, 1 << 20,
+        "judging rows behind the last image: go back over text to this many; 0: as the paper has it"),
+    INT(VL("no_image_rows"), kv_cache.vl_cache.no_image_rows, "64", 1, 1 << 20,
+        "judging rows of a prompt without image"),
+    INT(VL("max_rows"), kv_cache.vl_cache.max_rows, "0", 0, 1 << 20,
+        "judge by the last so many rows only; 0: by all of them"),
+    TEXT("allowed_local_media_path", allowed_local_media_path, ".",
+         "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
+    CHOICE("load_format", load_format, "auto", load_names, 0,
+           "auto: read the checkpoint; dummy: random weights from config.json alone"),
+    {"seed", CONFIG_SEED, PLACE(seed), "0", 0, 0, false, NULL, 0,
+     "seed of sampling where a request brings none, and of dummy weights"},
+    WORD("chat_template", chat_template, "auto", chat_names, "how messages become a prompt; auto: by the model"),
+    INT("max_queued", max_queued, "256", 1, 1 << 20, "most requests that wait inside the engine"),
+    INT("max_images_per_prompt", max_images_per_prompt, "64", 0, 4096, "most images of one request"),
+    BYTES("max_image_bytes", max_image_bytes, "64MiB", 1, 1LL << 31, "largest image file"),
+    INT("max_image_pixels", max_image_pixels, "67108864", 1, 1LL << 31, "most pixels of an image, width x height"),
+    BYTES("max_request_bytes", max_request_bytes, "64MiB", 1024, 1LL << 31, "longest line of a batch file"),
+    DOUBLE("watchdog_timeout", watchdog_timeout, "300", 0, 1e6,
+           "seconds that a rank may spend in a step without progress before the job is ended; 0: no limit"),
+    CHOICE("log_level", log_level, "info", log_names, 0, "least level of lines on standard error"),
+};
+
+/* Other names of a key, mostly those of vLLM, SGLang, TensorRT-LLM and LMDeploy. */
+static const struct {
+    const char *alias, *path;
+} aliases[] = {
+    {"kv_policy", "kv_cache.policy"},
+    {"kv_budget", "kv_cache.budget"},
+    {"block_size", "kv_cache.page_size"},
+    {"kv_cache_dtype", "kv_cache.dtype"},
+    {"model_path", "model"},
+    {"tp", "tensor_parallel_size"},
+    {"tp_size", "tensor_parallel_size"},
+    {"dp", "data_parallel_size"},
+    {"dp_size", "data_parallel_size"},
+    {"context_length", "max_model_len"},
+    {"max_seq_len", "max_model_len"},
+    {"session_len", "max_model_len"},
+    {"max_running_requests", "max_num_seqs"},
+    {"max_batch_size", "max_num_seqs"},
+    {"max_num_tokens", "max_num_batched_tokens"},
+    {"chunked_prefill_size", "max_num_batched_tokens"},
+    {"max_queued_requests", "max_queued"},
+};
+enum { N_KEYS = sizeof table / sizeof *table, N_ALIASES = sizeof aliases / sizeof *aliases };
+
+const struct config_key *config_keys(int *n)
+{
+    *n = N_KEYS;
+    return table;
+}
+
+const struct config_key *config_find(const char *path)
+{
+    for (int i = 0; i < N_KEYS; i++)
+        if (!strcmp(table[i].path, path)) return &table[i];
+    for (int i = 0; i < N_ALIASES; i++)
+        if (!strcmp(aliases[i].alias, path)) return config_find(aliases[i].path);
+    return NULL;
+}
+
+static const char *dashed(const char *name, char *buf, size_t size)
+{
+    snprintf(buf, size, "%s", name);
+    for (char *c = buf; *c; c++)
+        if (*c == '_' || *c == '.') *c = '-';
+    return buf;
+}
+
+const struct config_key *config_find_option(const char *option)
+{
+    char name[128], own[128];
+    if (strlen(option) >= sizeof name || strchr(option, '.')) return NULL;
+    dashed(option, name, sizeof name);
+    for (int i = 0; i < N_KEYS; i++)
+        if (!strcmp(dashed(table[i].path, own, sizeof own), name)) return &table[i];
+    for (int i = 0; i < N_ALIASES; i++)
+        if (!strcmp(dashed(aliases[i].alias, own, sizeof own), name)) return config_find(aliases[i].path);
+    return NULL;
+}
+
+const char *config_option_name(const struct config_key *key, char *buf, size_t size)
+{
+    return dashed(key->path, buf, size);
+}
+
+const char *config_alias(int i, const struct config_key **key)
+{
+    if (i < 0 || i >= N_ALIASES) return NULL;
+    *key = config_find(aliases[i].path);
+    return aliases[i].alias;
+}
