@@ -47,6 +47,7 @@ struct comm {
     int local_rank, local_size; /* among the ranks of this host */
     char phase[32];             /* what the program is at; for messages and fault injection */
     int broken;                 /* the error of the first failed collective, 0 while sound */
+    char broken_text[512];      /* and its message */
     size_t reserved_bytes;      /* largest all-reduce announced by comm_reserve */
     _Atomic uint64_t *calls;    /* collectives entered, read by the watchdog (parallel/liveness.h); may be NULL */
     void *impl;
