@@ -167,6 +167,7 @@ uint64_t config_hash(const struct config *config)
     for (int i = 0; i < n; i++, key++) {
         const char *place = (const char *)config + key->offset;
         bool text = key->type == CONFIG_TEXT || key->type == CONFIG_POLICY;
+        if (key->local) continue;
         size_t size = text ? strlen(place) : key->size;
         if (key->type == CONFIG_BUDGET) { /* a struct, whose padding is no value */
             const struct kv_budget *budget = (const void *)place;

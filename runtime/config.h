@@ -55,6 +55,7 @@ struct config {
     int max_images_per_prompt;
     int64_t max_image_bytes, max_image_pixels; /* of one image file; of one decoded image */
     int64_t max_request_bytes;                 /* of one batch line or client message */
+    int cpu_threads;                           /* of this rank; 0: auto, until launch/ranks.c has counted */
     double watchdog_timeout;                   /* seconds; 0: off */
     int log_level;                             /* enum log_level of base/log.h */
 };
@@ -81,6 +82,7 @@ struct config_key {
     const char *const *names; /* choices, NULL-terminated; the value is the index (CONFIG_TEXT: the word) */
     int n_served;             /* the first n_served names are served by this build; 0: all */
     const char *help;
+    bool local; /* may differ between ranks: not in the hash */
 };
 
 /* config_keys - the table; *n rows, keys of one map together. */

@@ -12,7 +12,7 @@ static const char *const kv_dtype_names[] = {"auto", "float32", "float16", "bflo
 static const char *const heads_names[] = {"equal", "adaptive", NULL};
 static const char *const evicted_names[] = {"free", "host", NULL};
 static const char *const load_names[] = {"auto", "dummy", NULL};
-static const char *const chat_names[] = {"auto", "llava-1.5", "llama-2", "llama-3", "chatml", NULL};
+static const char *const chat_names[] = {"auto", "llava-1.5", "llama-2", "llama-3", "llama-3.1", "chatml", NULL};
 static const char *const log_names[] = {"error", "warning", "info", "debug", NULL};
 static const char *const rounding_names[] = {"floor", "largest_remainder", "water_filled", NULL};
 static const char *const window_of_names[] = {"layer", "prompt", NULL};
@@ -72,9 +72,9 @@ static const struct config_key table[] = {
                "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
                "free memory over them, at most what max_num_seqs sequences can fill"),
     {"kv_cache.policy", CONFIG_POLICY, PLACE(kv_cache.policy), "vl_cache", 0, 0, false, NULL, 0,
-     "which tokens of a prompt stay in the cache: full (all of them) or vl_cache"},
+     "which tokens of a prompt stay in the cache: full (all of them) or vl_cache", false},
     {"kv_cache.budget", CONFIG_BUDGET, PLACE(kv_cache.budget), "0.1", 0, 1, false, NULL, 0,
-     "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"},
+     "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)", false},
     CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
     INT("kv_cache.page_size", kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
     CHOICE("kv_cache.heads", kv_heads, "equal", heads_names, 1, "how a layer's budget is split over its KV heads"),
@@ -100,13 +100,15 @@ static const struct config_key table[] = {
     CHOICE("load_format", load_format, "auto", load_names, 0,
            "auto: read the checkpoint; dummy: random weights from config.json alone"),
     {"seed", CONFIG_SEED, PLACE(seed), "0", 0, 0, false, NULL, 0,
-     "seed of sampling where a request brings none, and of dummy weights"},
+     "seed of sampling where a request brings none, and of dummy weights", false},
     WORD("chat_template", chat_template, "auto", chat_names, "how messages become a prompt; auto: by the model"),
     INT("max_queued", max_queued, "256", 1, 1 << 20, "most requests that wait inside the engine"),
     INT("max_images_per_prompt", max_images_per_prompt, "64", 0, 4096, "most images of one request"),
     BYTES("max_image_bytes", max_image_bytes, "64MiB", 1, 1LL << 31, "largest image file"),
     INT("max_image_pixels", max_image_pixels, "67108864", 1, 1LL << 31, "most pixels of an image, width x height"),
     BYTES("max_request_bytes", max_request_bytes, "64MiB", 1024, 1LL << 31, "longest line of a batch file"),
+    {"cpu_threads", CONFIG_INT, PLACE(cpu_threads), "auto", 1, 1024, true, NULL, 0,
+     "threads of each CPU rank; auto: the cores that this job may use over the ranks of the host", true},
     DOUBLE("watchdog_timeout", watchdog_timeout, "300", 0, 1e6,
            "seconds that a rank may spend in a step without progress before the job is ended; 0: no limit"),
     CHOICE("log_level", log_level, "info", log_names, 0, "least level of lines on standard error"),
