@@ -17,39 +17,23 @@ static const char *const log_names[] = {"error", "warning", "info", "debug", NUL
 static const char *const rounding_names[] = {"floor", "largest_remainder", "water_filled", NULL};
 static const char *const window_of_names[] = {"layer", "prompt", NULL};
 
-#define PLACE(member) offsetof(struct config, member), sizeof(((struct config *)0)->member)
-#define TEXT(path, member, preset, help)                                                                               \
+#define ROW(key, kind, member, text, ...)                                                                              \
     {                                                                                                                  \
-        path, CONFIG_TEXT, PLACE(member), preset, 0, 0, false, NULL, 0, help                                           \
+        .path = key, .type = kind, .offset = offsetof(struct config, member),                                          \
+        .size = sizeof(((struct config *)0)->member), .preset = text, __VA_ARGS__                                      \
     }
-#define WORD(path, member, preset, names, help)                                                                        \
-    {                                                                                                                  \
-        path, CONFIG_TEXT, PLACE(member), preset, 0, 0, false, names, 0, help                                          \
-    }
-#define CHOICE(path, member, preset, names, n_served, help)                                                            \
-    {                                                                                                                  \
-        path, CONFIG_CHOICE, PLACE(member), preset, 0, 0, false, names, n_served, help                                 \
-    }
-#define INT(path, member, preset, min, max, help)                                                                      \
-    {                                                                                                                  \
-        path, CONFIG_INT, PLACE(member), preset, min, max, false, NULL, 0, help                                        \
-    }
-#define INT_AUTO(path, member, min, max, help)                                                                         \
-    {                                                                                                                  \
-        path, CONFIG_INT, PLACE(member), "auto", min, max, true, NULL, 0, help                                         \
-    }
-#define BYTES(path, member, preset, min, max, help)                                                                    \
-    {                                                                                                                  \
-        path, CONFIG_BYTES, PLACE(member), preset, min, max, false, NULL, 0, help                                      \
-    }
-#define BYTES_AUTO(path, member, min, max, help)                                                                       \
-    {                                                                                                                  \
-        path, CONFIG_BYTES, PLACE(member), "auto", min, max, true, NULL, 0, help                                       \
-    }
-#define DOUBLE(path, member, preset, min, max, help)                                                                   \
-    {                                                                                                                  \
-        path, CONFIG_DOUBLE, PLACE(member), preset, min, max, false, NULL, 0, help                                     \
-    }
+#define TEXT(key, member, text, h) ROW(key, CONFIG_TEXT, member, text, .help = h)
+#define WORD(key, member, text, list, h) ROW(key, CONFIG_TEXT, member, text, .names = list, .help = h)
+#define CHOICE(key, member, text, list, served, h)                                                                     \
+    ROW(key, CONFIG_CHOICE, member, text, .names = list, .n_served = served, .help = h)
+#define INT(key, member, text, low, high, h) ROW(key, CONFIG_INT, member, text, .min = low, .max = high, .help = h)
+#define INT_AUTO(key, member, low, high, h)                                                                            \
+    ROW(key, CONFIG_INT, member, "auto", .min = low, .max = high, .automatic = true, .help = h)
+#define BYTES(key, member, text, low, high, h) ROW(key, CONFIG_BYTES, member, text, .min = low, .max = high, .help = h)
+#define BYTES_AUTO(key, member, low, high, h)                                                                          \
+    ROW(key, CONFIG_BYTES, member, "auto", .min = low, .max = high, .automatic = true, .help = h)
+#define DOUBLE(key, member, text, low, high, h)                                                                        \
+    ROW(key, CONFIG_DOUBLE, member, text, .min = low, .max = high, .help = h)
 #define VL(name) "kv_cache.vl_cache." name
 
 static const double MAX_BYTES = 1LL << 50;
@@ -71,10 +55,10 @@ static const struct config_key table[] = {
     BYTES_AUTO("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, MAX_BYTES,
                "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
                "free memory over them, at most what max_num_seqs sequences can fill"),
-    {"kv_cache.policy", CONFIG_POLICY, PLACE(kv_cache.policy), "vl_cache", 0, 0, false, NULL, 0,
-     "which tokens of a prompt stay in the cache: full (all of them) or vl_cache", false},
-    {"kv_cache.budget", CONFIG_BUDGET, PLACE(kv_cache.budget), "0.1", 0, 1, false, NULL, 0,
-     "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)", false},
+    ROW("kv_cache.policy", CONFIG_POLICY, kv_cache.policy, "vl_cache",
+        .help = "which tokens of a prompt stay in the cache: full (all of them) or vl_cache"),
+    ROW("kv_cache.budget", CONFIG_BUDGET, kv_cache.budget, "0.1",
+        .help = "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"),
     CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
     INT("kv_cache.page_size", kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
     CHOICE("kv_cache.heads", kv_heads, "equal", heads_names, 1, "how a layer's budget is split over its KV heads"),
@@ -99,16 +83,15 @@ static const struct config_key table[] = {
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,
            "auto: read the checkpoint; dummy: random weights from config.json alone"),
-    {"seed", CONFIG_SEED, PLACE(seed), "0", 0, 0, false, NULL, 0,
-     "seed of sampling where a request brings none, and of dummy weights", false},
+    ROW("seed", CONFIG_SEED, seed, "0", .help = "seed of sampling where a request brings none, and of dummy weights"),
     WORD("chat_template", chat_template, "auto", chat_names, "how messages become a prompt; auto: by the model"),
     INT("max_queued", max_queued, "256", 1, 1 << 20, "most requests that wait inside the engine"),
     INT("max_images_per_prompt", max_images_per_prompt, "64", 0, 4096, "most images of one request"),
     BYTES("max_image_bytes", max_image_bytes, "64MiB", 1, 1LL << 31, "largest image file"),
     INT("max_image_pixels", max_image_pixels, "67108864", 1, 1LL << 31, "most pixels of an image, width x height"),
     BYTES("max_request_bytes", max_request_bytes, "64MiB", 1024, 1LL << 31, "longest line of a batch file"),
-    {"cpu_threads", CONFIG_INT, PLACE(cpu_threads), "auto", 1, 1024, true, NULL, 0,
-     "threads of each CPU rank; auto: the cores that this job may use over the ranks of the host", true},
+    ROW("cpu_threads", CONFIG_INT, cpu_threads, "auto", .min = 1, .max = 1024, .automatic = true, .local = true,
+        .help = "threads of each CPU rank; auto: the cores that this job may use over the ranks of the host"),
     DOUBLE("watchdog_timeout", watchdog_timeout, "300", 0, 1e6,
            "seconds that a rank may spend in a step without progress before the job is ended; 0: no limit"),
     CHOICE("log_level", log_level, "info", log_names, 0, "least level of lines on standard error"),
