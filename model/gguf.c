@@ -103,7 +103,7 @@ static uint64_t unsigned_of(const uint8_t *in, int bytes)
 
 static int take_number(struct gguf *g, int bytes, uint64_t *out)
 {
-    const uint8_t *in;
+    const uint8_t *in = NULL;
     TRY(take(g, (uint64_t)bytes, &in));
     *out = unsigned_of(in, bytes);
     return OK;
@@ -111,8 +111,8 @@ static int take_number(struct gguf *g, int bytes, uint64_t *out)
 
 static int take_string(struct gguf *g, struct gguf_string *out)
 {
-    uint64_t size;
-    const uint8_t *text;
+    uint64_t size = 0;
+    const uint8_t *text = NULL;
     TRY(take_number(g, 8, &size));
     TRY(take(g, size, &text));
     *out = (struct gguf_string){(const char *)text, (size_t)size};
@@ -121,7 +121,7 @@ static int take_string(struct gguf *g, struct gguf_string *out)
 
 static int take_type(struct gguf *g, const struct gguf_string *key, enum gguf_type *out)
 {
-    uint64_t type;
+    uint64_t type = 0;
     TRY(take_number(g, 4, &type));
     if (type >= GGUF_TYPE_N)
         FAIL(ERR_FORMAT, "%s: key %.*s has the unknown type %" PRIu64, g->path, (int)key->size, key->text, type);
@@ -131,9 +131,9 @@ static int take_type(struct gguf *g, const struct gguf_string *key, enum gguf_ty
 
 static int take_array(struct gguf *g, const struct gguf_string *key, struct gguf_array *out)
 {
-    uint64_t n, bytes;
+    uint64_t n = 0, bytes;
     struct gguf_string skipped;
-    const uint8_t *data;
+    const uint8_t *data = NULL;
     TRY(take_type(g, key, &out->type));
     TRY(take_number(g, 8, &n));
     if (out->type == GGUF_ARRAY)
@@ -166,8 +166,8 @@ static int take_entry(struct gguf *g, struct entry *e)
 /* Name, dimensions, type and offset (still relative to the data); sizes computed and checked. */
 static int take_tensor(struct gguf *g, struct gguf_tensor *t)
 {
-    struct gguf_string name;
-    uint64_t n_dims, dim[4], type, elements = 1;
+    struct gguf_string name = {NULL, 0};
+    uint64_t n_dims = 0, dim[4] = {0}, type = 0, elements = 1;
     TRY(take_string(g, &name));
     if (name.size == 0 || name.size > MAX_NAME || memchr(name.text, 0, name.size))
         FAIL(ERR_FORMAT, "%s: a tensor name of %zu bytes before byte %zu is not acceptable", g->path, name.size, g->at);
@@ -222,8 +222,8 @@ static int compare_names(const void *a, const void *b)
 
 static int take_counts(struct gguf *g, uint64_t *n_tensors, uint64_t *n_keys)
 {
-    const uint8_t *magic;
-    uint64_t version;
+    const uint8_t *magic = NULL;
+    uint64_t version = 0;
     TRY(take(g, 4, &magic));
     if (memcmp(magic, "GGUF", 4)) FAIL(ERR_FORMAT, "%s: not a GGUF file: it does not begin with \"GGUF\"", g->path);
     TRY(take_number(g, 4, &version));
@@ -357,7 +357,7 @@ static int extend(struct gguf *g, int fd, const void *memory, size_t size)
 
 int gguf_parse(const void *data, size_t size, const char *path, struct gguf **out)
 {
-    struct gguf *g;
+    struct gguf *g = NULL;
     TRY(open_empty(path, size, &g));
     int rc = extend(g, -1, data, size);
     if (!rc) rc = parse(g);
@@ -371,7 +371,7 @@ int gguf_parse(const void *data, size_t size, const char *path, struct gguf **ou
 
 int gguf_read(int fd, const char *path, uint64_t file_size, struct gguf **out)
 {
-    struct gguf *g;
+    struct gguf *g = NULL;
     uint64_t size = FIRST_PREFIX;
     int rc;
     TRY(open_empty(path, file_size, &g));

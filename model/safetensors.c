@@ -171,7 +171,7 @@ static int parse_header(const char *text, size_t size, const char *path, uint64_
 
 int safetensors_parse(const void *data, size_t size, const char *path, struct safetensors **out)
 {
-    size_t header;
+    size_t header = 0;
     if (size < 8) FAIL(ERR_FORMAT, "%s: %zu bytes are too few for a safetensors file", path, size);
     TRY(header_size(data, path, size, &header));
     return parse_header((const char *)data + 8, header, path, size, out);
@@ -180,7 +180,7 @@ int safetensors_parse(const void *data, size_t size, const char *path, struct sa
 int safetensors_read(int fd, const char *path, uint64_t file_size, struct safetensors **out)
 {
     uint8_t first[8];
-    size_t header;
+    size_t header = 0;
     if (file_size < 8) FAIL(ERR_FORMAT, "%s: %" PRIu64 " bytes are too few for a safetensors file", path, file_size);
     TRY(file_pread(fd, path, first, 8, 0));
     TRY(header_size(first, path, file_size, &header));
