@@ -88,6 +88,9 @@ struct sampling_params {
 };
 enum { MAX_LOGPROBS = 20 };
 
+/* What kv_append adds (by or) to the cache's error word; the lane in question is left as it was. */
+enum { KV_ERROR_NO_FREE_PAGE = 1, KV_ERROR_LANE_FULL = 2 };
+
 /* Per-slot state that sampling reads and writes; lives on the device for the whole run. */
 struct sampling_state {
     struct sampling_params *params; /* [n_slots] */
@@ -103,6 +106,7 @@ enum { TOKEN_COUNT_MASK = (1 << 24) - 1, TOKEN_IN_PROMPT = 1 << 30 };
 
 struct ops_vt {
     const char *name;
+    int (*device_count)(void);
     int (*open)(struct ops *o, int device, int n_threads);
     void (*close)(struct ops *o);
     int (*reserve)(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure);
@@ -114,6 +118,11 @@ struct ops_vt {
     int (*zero)(struct ops *o, void *to, size_t bytes);
     int (*finish)(struct ops *o);
     int (*run_step)(struct ops *o, int bucket, int (*body)(void *arg), void *arg);
+    int (*bucket)(const struct ops *o, int n);
+    int (*mark)(struct ops *o, int i);
+    int (*download_marked)(struct ops *o, void *to_host, const void *from, size_t bytes, int i);
+    int (*fill_normal)(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
+                       int64_t whole_columns);
     /* tokens and rows */
     int (*embed)(struct ops *o, struct tensor y, struct tensor table, const int32_t *ids, int first_row);
     int (*gather_rows)(struct ops *o, struct tensor y, struct tensor x, const int32_t *index);
@@ -183,6 +192,19 @@ int ops_finish(struct ops *o) MUST_CHECK;
 /* ops_run_step - runs body(arg), a decode step of `bucket` rows. A GPU backend captures it the first time a bucket is
  * seen and replays the graph afterwards, so body must issue the same ops for the same bucket. The CPU calls body. */
 int ops_run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg) MUST_CHECK;
+
+/* ops_bucket - rows that a decode step of n sequences is padded to: n itself where nothing is captured. */
+int ops_bucket(const struct ops *o, int n);
+
+/* ops_mark - notes in the stream that all ops so far belong to mark i (0 or 1). ops_download_marked - waits for mark i
+ * alone and copies to the host, while later ops go on. This is how tokens come out one step late. */
+int ops_mark(struct ops *o, int i) MUST_CHECK;
+int ops_download_marked(struct ops *o, void *to_host, const void *from, size_t bytes, int i) MUST_CHECK;
+
+/* ops_fill_normal - w[r, c] = about normal(0, std), from (key, (first_row + r) * whole_columns + first_column + c)
+ * alone: a shard holds the same numbers as the whole. w [rows, cols] of any floating dtype. */
+int ops_fill_normal(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
+                    int64_t whole_columns) MUST_CHECK;
 
 /* ops_embed - y[i] = table[ids[i] - first_row], or zeros where that row is not in this shard.
  *   y [n, hidden]; table [rows, hidden] weight dtype; ids [n] i32. */

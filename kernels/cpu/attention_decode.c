@@ -1,0 +1,137 @@
+/* Attention of one query a sequence over its whole lane, read from the pages.
+ *
+ * A task is CHUNK tokens of one lane, for all query heads of the KV head, so each page is read once. Its partial
+ * result (maximum, sum, weighted values) is merged with the lane's others in their order. Chunks are cut by position
+ * in the lane alone: a row's result does not depend on the batch or on the number of threads. */
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/lane.h"
+
+enum { CHUNK = 256 };
+
+/* Partial results: per (sequence, query head, chunk): maximum, sum, values [head_dim]. */
+struct partials {
+    float *memory; /* [n_seqs, n_heads, n_chunks, 2 + head_dim] */
+    float *score;  /* per thread [group, CHUNK] */
+    int64_t n_chunks, stride;
+};
+
+static int place(const struct cpu *c, struct arena *arena, int64_t n_seqs, int64_t n_heads, int64_t longest,
+                 int64_t head_dim, struct partials *p)
+{
+    p->n_chunks = longest ? (longest + CHUNK - 1) / CHUNK : 1;
+    p->stride = 2 + head_dim;
+    size_t rows = (size_t)(n_seqs * n_heads * p->n_chunks);
+    TRY(arena_take(arena, rows * (size_t)p->stride * sizeof(float), "decode partials", &p->memory));
+    return arena_take(arena, (size_t)c->n_threads * (size_t)n_heads * CHUNK * sizeof(float), "decode scores",
+                      &p->score);
+}
+
+int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena)
+{
+    struct partials p;
+    return place(c, arena, limits->max_seqs, limits->max_heads, limits->max_context, limits->head_dim, &p);
+}
+
+static float dot(const float *a, const float *b, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static float soften(float *score, int n, float *sum)
+{
+    float top = -INFINITY;
+    *sum = 0;
+    for (int i = 0; i < n; i++) top = score[i] > top ? score[i] : top;
+    for (int i = 0; i < n; i++) {
+        score[i] = expf(score[i] - top);
+        *sum += score[i];
+    }
+    return top;
+}
+
+/* Tokens [first, first + n) of a lane for `group` queries; partial j at partial + j * stride. */
+static void attend_chunk(const struct kv_view *kv, int lane, int first, int n, const float *q, int group, float scale,
+                         float *score, float *partial, int64_t stride)
+{
+    const int dim = kv->head_dim;
+    for (int i = 0; i < n; i++) {
+        const float *key = lane__key(kv, lane, first + i);
+        for (int j = 0; j < group; j++) score[j * CHUNK + i] = dot(q + j * dim, key, dim) * scale;
+    }
+    for (int j = 0; j < group; j++) {
+        partial[j * stride] = soften(score + j * CHUNK, n, &partial[j * stride + 1]);
+        memset(partial + j * stride + 2, 0, (size_t)dim * sizeof(float));
+    }
+    for (int i = 0; i < n; i++) {
+        const float *value = lane__value(kv, lane, first + i);
+        for (int j = 0; j < group; j++)
+            for (int d = 0; d < dim; d++) partial[j * stride + 2 + d] += score[j * CHUNK + i] * value[d];
+    }
+}
+
+static void merge(float *out, const float *partial, int64_t stride, int n_chunks, int dim)
+{
+    float top = -INFINITY, sum = 0;
+    memset(out, 0, (size_t)dim * sizeof(float));
+    for (int c = 0; c < n_chunks; c++) top = partial[c * stride] > top ? partial[c * stride] : top;
+    for (int c = 0; c < n_chunks; c++) {
+        const float *part = partial + c * stride;
+        float factor = expf(part[0] - top);
+        sum += part[1] * factor;
+        for (int d = 0; d < dim; d++) out[d] += part[2 + d] * factor;
+    }
+    for (int d = 0; d < dim; d++) out[d] = n_chunks ? out[d] / sum : 0;
+}
+
+static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                   int sequence, int kv_head)
+{
+    int slot = batch->slot[sequence];
+    return slot < 0 || slot >= kv->n_slots ? -1 : slot * kv->lanes_per_slot + heads->lane + kv_head;
+}
+
+int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                          const struct kv_view *kv, const struct attention_heads *heads)
+{
+    const struct cpu *c = cpu__of(o);
+    const int n_kv = heads->n_kv_heads, group = heads->n_heads / n_kv, dim = heads->head_dim;
+    int longest = 0;
+    for (int task = 0; task < batch->n_seqs * n_kv; task++) {
+        int lane = lane_of(batch, kv, heads, task / n_kv, task % n_kv);
+        longest = lane >= 0 && kv->lane_len[lane] > longest ? kv->lane_len[lane] : longest;
+    }
+    struct arena arena;
+    struct partials p;
+    TRY(cpu__scratch(o, &arena));
+    TRY(place(c, &arena, batch->n_seqs, heads->n_heads, longest, dim, &p));
+    const int n_lanes = batch->n_seqs * n_kv, n_chunks = (int)p.n_chunks;
+#pragma omp parallel num_threads(c->n_threads)
+    {
+        float *score = p.score + (size_t)omp_get_thread_num() * (size_t)heads->n_heads * CHUNK;
+#pragma omp for schedule(dynamic, 1)
+        for (int task = 0; task < n_lanes * n_chunks; task++) {
+            int sequence = task / n_chunks / n_kv, kv_head = task / n_chunks % n_kv, first = task % n_chunks * CHUNK;
+            int lane = lane_of(batch, kv, heads, sequence, kv_head);
+            if (lane < 0 || first >= kv->lane_len[lane]) continue;
+            int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
+            attend_chunk(kv, lane, first, cpu__min(CHUNK, kv->lane_len[lane] - first),
+                         cpu__row(q, sequence) + (int64_t)kv_head * group * dim, group, heads->scale, score,
+                         p.memory + (head * n_chunks + task % n_chunks) * p.stride, n_chunks * p.stride);
+        }
+#pragma omp for
+        for (int task = 0; task < batch->n_seqs * heads->n_heads; task++) {
+            int sequence = task / heads->n_heads, head = task % heads->n_heads;
+            int lane = lane_of(batch, kv, heads, sequence, head / group);
+            int used = lane < 0 ? 0 : (kv->lane_len[lane] + CHUNK - 1) / CHUNK;
+            merge(cpu__row(out, sequence) + (int64_t)head * dim, p.memory + (int64_t)task * n_chunks * p.stride,
+                  p.stride, used, dim);
+        }
+    }
+    return OK;
+}

@@ -1,0 +1,49 @@
+/* lane - addresses within the paged cache (struct kv_view): where a lane's tokens lie. */
+#ifndef VITRAIL_KERNELS_CPU_LANE_H
+#define VITRAIL_KERNELS_CPU_LANE_H
+
+#include <string.h>
+
+#include "kernels/ops.h"
+
+/* lane__pages - pages that `length` tokens take. */
+static inline int lane__pages(const struct kv_view *kv, int length)
+{
+    return (int)(((int64_t)length + kv->page_size - 1) / kv->page_size);
+}
+
+static inline int32_t *lane__page_row(const struct kv_view *kv, int lane)
+{
+    return kv->page_row + (int64_t)lane * kv->max_pages;
+}
+
+/* lane__page - the keys of a page of a lane, [page_size, head_dim]; its values follow. */
+static inline float *lane__page(const struct kv_view *kv, int lane, int page)
+{
+    return (float *)kv->pool.data + lane__page_row(kv, lane)[page] * kv->pool.stride[0];
+}
+
+static inline float *lane__key(const struct kv_view *kv, int lane, int i)
+{
+    return lane__page(kv, lane, i / kv->page_size) + (int64_t)(i % kv->page_size) * kv->head_dim;
+}
+
+static inline float *lane__value(const struct kv_view *kv, int lane, int i)
+{
+    return lane__key(kv, lane, i) + (int64_t)kv->page_size * kv->head_dim;
+}
+
+/* lane__gather - keys and, unless v is NULL, values of tokens [first, first + n) into dense [n, head_dim] buffers. */
+static inline void lane__gather(const struct kv_view *kv, int lane, int first, int n, float *k, float *v)
+{
+    const int64_t dim = kv->head_dim;
+    for (int done = 0, run; done < n; done += run) {
+        int rest = kv->page_size - (first + done) % kv->page_size;
+        run = rest < n - done ? rest : n - done;
+        size_t bytes = (size_t)(run * dim) * sizeof(float);
+        memcpy(k + done * dim, lane__key(kv, lane, first + done), bytes);
+        if (v) memcpy(v + done * dim, lane__value(kv, lane, first + done), bytes);
+    }
+}
+
+#endif

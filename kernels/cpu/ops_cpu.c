@@ -1,0 +1,164 @@
+/* The CPU backend's table entry: opening, scratch and copies. "Device" memory is the process's own. */
+#include <cblas.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/cpu.h"
+
+static int count_devices(void) { return 1; }
+
+static int open_cpu(struct ops *o, int device, int n_threads)
+{
+    if (device != 0) FAIL(ERR_ARG, "cpu: device %d, expected 0", device);
+    struct cpu *c = calloc(1, sizeof *c);
+    if (!c) FAIL(ERR_NOMEM, "cpu: %zu bytes for the backend", sizeof *c);
+    c->n_threads = n_threads;
+    o->impl = c;
+    o->dtype = DTYPE_F32;
+    omp_set_num_threads(n_threads);
+    openblas_set_num_threads(n_threads);
+    return OK;
+}
+
+static void close_cpu(struct ops *o)
+{
+    struct cpu *c = cpu__of(o);
+    if (!c) return;
+    if (c->scratch) cpu__memory_give_back(o, c->scratch, c->scratch_bytes);
+    free(c);
+    o->impl = NULL;
+}
+
+static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
+{
+    static int (*const families[])(const struct cpu *, const struct ops_limits *, struct arena *) = {
+        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure, cpu__probe_measure, cpu__sample_measure};
+    struct cpu *c = cpu__of(o);
+    size_t most = ARENA_ALIGNMENT;
+    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {
+        struct arena arena;
+        arena_measure(&arena);
+        TRY(families[i](c, limits, &arena));
+        most = arena.used > most ? arena.used : most;
+    }
+    *bytes = most;
+    if (measure) return OK;
+    if (c->scratch) cpu__memory_give_back(o, c->scratch, c->scratch_bytes);
+    c->scratch = NULL;
+    TRY(cpu__memory_take(o, most, &c->scratch));
+    c->scratch_bytes = most;
+    return OK;
+}
+
+int cpu__scratch(struct ops *o, struct arena *arena)
+{
+    struct cpu *c = cpu__of(o);
+    if (!c->scratch) FAIL(ERR_BUG, "cpu: an op needs scratch before ops_reserve");
+    arena_init(arena, c->scratch, c->scratch_bytes);
+    return OK;
+}
+
+static int upload(struct ops *o, void *to, const void *from_host, size_t bytes)
+{
+    (void)o;
+    memcpy(to, from_host, bytes);
+    return OK;
+}
+
+static int download(struct ops *o, void *to_host, const void *from, size_t bytes)
+{
+    (void)o;
+    memcpy(to_host, from, bytes);
+    return OK;
+}
+
+static int copy(struct ops *o, void *to, const void *from, size_t bytes)
+{
+    (void)o;
+    memmove(to, from, bytes);
+    return OK;
+}
+
+static int zero(struct ops *o, void *to, size_t bytes)
+{
+    (void)o;
+    memset(to, 0, bytes);
+    return OK;
+}
+
+static int finish(struct ops *o)
+{
+    (void)o;
+    return OK;
+}
+
+static int run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg)
+{
+    (void)o, (void)bucket;
+    return body(arg);
+}
+
+static int bucket(const struct ops *o, int n)
+{
+    (void)o;
+    return n;
+}
+
+/* Ops are done when they return: a mark has nothing to note and a download nothing to wait for. */
+static int mark(struct ops *o, int i)
+{
+    (void)o, (void)i;
+    return OK;
+}
+
+static int download_marked(struct ops *o, void *to_host, const void *from, size_t bytes, int i)
+{
+    (void)i;
+    return download(o, to_host, from, bytes);
+}
+
+const struct ops_vt ops_cpu = {
+    .name = "cpu",
+    .device_count = count_devices,
+    .open = open_cpu,
+    .close = close_cpu,
+    .reserve = reserve,
+    .memory_take = cpu__memory_take,
+    .memory_give_back = cpu__memory_give_back,
+    .upload = upload,
+    .download = download,
+    .copy = copy,
+    .zero = zero,
+    .finish = finish,
+    .run_step = run_step,
+    .bucket = bucket,
+    .mark = mark,
+    .download_marked = download_marked,
+    .fill_normal = cpu__fill_normal,
+    .embed = cpu__embed,
+    .gather_rows = cpu__gather_rows,
+    .scatter_rows = cpu__scatter_rows,
+    .decode_inputs = cpu__decode_inputs,
+    .rms_norm = cpu__rms_norm,
+    .add_rms_norm = cpu__add_rms_norm,
+    .layer_norm = cpu__layer_norm,
+    .add = cpu__add,
+    .linear = cpu__linear,
+    .rope = cpu__rope,
+    .swiglu = cpu__swiglu,
+    .activate = cpu__activate,
+    .image_patches = cpu__image_patches,
+    .attention_vision = cpu__attention_vision,
+    .attention_prefill = cpu__attention_prefill,
+    .attention_decode = cpu__attention_decode,
+    .attention_probe = cpu__attention_probe,
+    .kv_reset = cpu__kv_reset,
+    .kv_append = cpu__kv_append,
+    .kv_pack = cpu__kv_pack,
+    .kv_release = cpu__kv_release,
+    .select_top = cpu__select_top,
+    .unshard_columns = cpu__unshard_columns,
+    .sample = cpu__sample,
+    .sampling_begin = cpu__sampling_begin,
+};
