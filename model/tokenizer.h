@@ -15,7 +15,7 @@
 #include "base/status.h"
 
 enum {
-    TOKENIZER_MAX_TEXT = 64 << 20,                     /* bytes of one text to encode */
+    TOKENIZER_MAX_TEXT = 16 << 20,                     /* bytes of one text to encode */
     TOKENIZER_MAX_FILE = 256 << 20,                    /* bytes of a tokenizer.json */
     TOKENIZER_MAX_TOKENS = 1 << 22,                    /* entries of a vocabulary */
     TOKENIZER_MAX_TOKEN = 2048,                        /* bytes of one token */
@@ -63,8 +63,9 @@ struct tokenizer_vocab {
     int add_space_prefix; /* add_space_prefix: 0, 1, or -1 if absent (then: SPM yes, BPE no) */
 };
 
-/* tokenizer_open_json - reads tokenizer.json; tokenizer_config.json, if not NULL, may override whether the begin and
- * end tokens are added, name them, and list further added tokens.
+/* tokenizer_open_json - reads tokenizer.json; tokenizer_config.json, if not NULL, names the begin and end token and may
+ * list further added tokens. Whether those two are added to a prompt is the post-processor's matter alone: like
+ * transformers 5, this ignores add_bos_token where a tokenizer.json is present.
  * Errors: ERR_IO; ERR_FORMAT (malformed); ERR_UNSUPPORTED (a component this build does not have, named). */
 int tokenizer_open_json(const char *tokenizer_json_path, const char *tokenizer_config_path,
                         struct tokenizer **out) MUST_CHECK;
@@ -79,8 +80,10 @@ int tokenizer_open_vocab(const struct tokenizer_vocab *vocab, const char *what, 
 void tokenizer_close(struct tokenizer *t);
 
 /* tokenizer_encode - the ids of text[0..size). Each invalid UTF-8 sequence counts as U+FFFD, as Python's
- * errors="replace" does; NUL bytes are ordinary characters. *ids is malloc'd, never NULL on success; the caller frees
- * it. Errors: ERR_REQUEST if the text is larger than TOKENIZER_MAX_TEXT or holds what the vocabulary cannot express. */
+ * errors="replace" does; NUL bytes are ordinary characters. A character that the vocabulary can express neither by
+ * tokens, bytes nor an unknown token gives no id, as in the reference. *ids is malloc'd, never NULL on success; the
+ * caller frees it. Errors: ERR_REQUEST if the text is larger than TOKENIZER_MAX_TEXT, or takes the pre-tokenizer's
+ * regular expression more steps than its limit; ERR_NOMEM. */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t size, unsigned flags, int32_t **ids,
                      size_t *n) MUST_CHECK;
 
@@ -94,7 +97,9 @@ int tokenizer_decode(const struct tokenizer *t, const int32_t *ids, size_t n, bo
  * together, are those of tokenizer_decode of all ids, and every single push gives complete characters. */
 struct token_stream {
     const struct tokenizer *tokenizer;
-    bool skip_special, started; /* started: text has been written, so no leading space is to be dropped any more */
+    bool skip_special;
+    bool seen_token, seen_text; /* the first token and the first byte may lose a space */
+    unsigned char n_stripped;   /* leading bytes dropped so far */
     unsigned char n_held;       /* bytes of a character that is not complete yet */
     char held[3];
 };
