@@ -5,6 +5,7 @@
 struct pages {
     int n_ranks, n_layers, page_size, n_slots;
     int *heads;        /* [n_ranks, n_layers] */
+    int64_t total;     /* pages of every rank's pool */
     int64_t *free;     /* [n_ranks] */
     int64_t *reserved; /* [n_slots, n_ranks] */
 };
@@ -15,7 +16,8 @@ int pages_open(int n_ranks, int n_layers, int page_size, int n_slots, const int 
     struct pages *p = calloc(1, sizeof *p);
     if (!p) FAIL(ERR_NOMEM, "page accounts: out of memory");
     size_t cells = (size_t)n_ranks * (size_t)n_layers;
-    *p = (struct pages){.n_ranks = n_ranks, .n_layers = n_layers, .page_size = page_size, .n_slots = n_slots};
+    *p = (struct pages){
+        .n_ranks = n_ranks, .n_layers = n_layers, .page_size = page_size, .n_slots = n_slots, .total = total};
     p->heads = calloc(cells, sizeof *p->heads);
     p->free = calloc((size_t)n_ranks, sizeof *p->free);
     p->reserved = calloc((size_t)n_slots * (size_t)n_ranks, sizeof *p->reserved);
@@ -50,14 +52,11 @@ static int64_t lanes_of(const struct pages *p, int rank)
     return lanes;
 }
 
-int64_t pages_needed(const struct pages *p, int length)
+bool pages_fits(const struct pages *p, int length)
 {
-    int64_t most = 0;
-    for (int r = 0; r < p->n_ranks; r++) {
-        int64_t need = lanes_of(p, r) * pages_of(p, length);
-        if (need > most) most = need;
-    }
-    return most;
+    for (int r = 0; r < p->n_ranks; r++)
+        if (lanes_of(p, r) * pages_of(p, length) > p->total) return false;
+    return true;
 }
 
 bool pages_reserve(struct pages *p, int slot, int length)

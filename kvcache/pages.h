@@ -18,8 +18,8 @@ int pages_open(int n_ranks, int n_layers, int page_size, int n_slots, const int 
                struct pages **out) MUST_CHECK;
 void pages_close(struct pages *pages);
 
-/* pages_needed - the largest number over ranks that lanes of `length` tokens in every layer take. */
-int64_t pages_needed(const struct pages *pages, int length);
+/* pages_fits - whether lanes of `length` tokens in every layer fit an empty pool on every rank. */
+bool pages_fits(const struct pages *pages, int length);
 
 /* pages_reserve - reserves a free slot's lanes at `length` tokens in every layer; false if some rank lacks the pages.
  */

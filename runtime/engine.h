@@ -10,6 +10,7 @@
 
 #include "base/status.h"
 #include "model/dims.h"
+#include "model/tokenizer.h"
 #include "parallel/comm.h"
 #include "parallel/liveness.h"
 #include "runtime/config.h"
@@ -25,7 +26,11 @@ void engine_close(struct engine *engine);
 
 /* Facts for the front end. */
 const struct model_dims *engine_dims(const struct engine *engine);
+const struct config *engine_config(const struct engine *engine); /* limits resolved */
 int engine_max_prompt_tokens(const struct engine *engine); /* longest prompt that can be admitted, generation aside */
+
+/* engine_use_tokenizer - rank 0, before the first submit: turns tokens into text; must outlive the engine. */
+void engine_use_tokenizer(struct engine *engine, const struct tokenizer *tokenizer);
 
 /* engine_submit - rank 0: queues a request and takes what it owns (the struct is zeroed). Errors: ERR_FULL when
  * config.max_queued requests wait (run engine_step and try again); ERR_REQUEST when it can never fit (too long for
@@ -51,8 +56,9 @@ int engine_set_policy(struct engine *engine, const struct policy_config *config)
 struct engine_counters {
     int64_t steps, prefill_tokens, decode_tokens;
     double prefill_seconds, decode_seconds, vision_seconds;
-    int max_running;                 /* most sequences that ran at once */
-    int64_t pages_total, pages_free; /* of this rank's pool */
+    int max_running;                     /* most sequences that ran at once */
+    int64_t pages_total, pages_free;     /* of this rank's pool */
+    size_t planned_bytes, private_bytes; /* of this rank: the plan, and how its private memory really grew */
 };
 void engine_counters(const struct engine *engine, struct engine_counters *out);
 

@@ -1,0 +1,162 @@
+#include "runtime/engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/engine_private.h"
+
+/* Ends a start-up phase: all ranks go on, or all return the lowest failing rank's error. */
+static int agree(struct engine *e, int rc, const char *next_phase)
+{
+    TRY(comm_agree(e->comm, rc, e->comm->phase));
+    liveness_phase(e->liveness, next_phase);
+    return OK;
+}
+
+static int open_phases(struct engine *e, const struct config *config, struct checkpoint **checkpoint)
+{
+    struct model_dims dims;
+    liveness_phase(e->liveness, "device");
+    TRY(agree(e, engine__configure(e, config), "plan"));
+    TRY(agree(e, engine__plan(e, config, &dims, checkpoint), "memory"));
+    TRY(comm_same(e->comm, "model", model_dims_hash(&dims)));
+    TRY(agree(e, engine__allocate(e, *checkpoint), "load"));
+    TRY(agree(e, engine__load(e, *checkpoint), "ready"));
+    if (e->scheduler) scheduler_use_policy(e->scheduler, e->resources.policy.vt->name);
+    return OK;
+}
+
+int engine_open(const struct config *config, struct comm *comm, struct liveness *liveness, struct engine **out)
+{
+    struct checkpoint *checkpoint = NULL;
+    struct engine *e = calloc(1, sizeof *e);
+    *out = e;
+    TRY(comm_agree(comm, e ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "engine: out of memory"), "open"));
+    e->comm = comm;
+    e->liveness = liveness;
+    int rc = open_phases(e, config, &checkpoint);
+    checkpoint_close(checkpoint);
+    return rc;
+}
+
+void engine_close(struct engine *e)
+{
+    if (!e) return;
+    struct engine_prefill *p = &e->prefill;
+    void *owned[] = {
+        e->slots, e->spans,    p->ids,  p->position,    p->slot,         p->cu_seqlens,        p->image_row,
+        p->ends,  p->sequence, p->kept, e->host_tokens, e->host_logprob, e->host_logprob_token};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    scheduler_close(e->scheduler);
+    step_message_close(&e->message);
+    resources_close(&e->resources);
+    if (e->ops.vt) ops_memory_give_back(&e->ops, e->memory, e->plan.arena_bytes);
+    ops_close(&e->ops);
+    free(e);
+}
+
+const struct model_dims *engine_dims(const struct engine *e) { return &e->resources.dims; }
+
+const struct config *engine_config(const struct engine *e) { return &e->resources.config; }
+
+int engine_max_prompt_tokens(const struct engine *e) { return e->resources.config.max_model_len - 1; }
+
+void engine_use_tokenizer(struct engine *e, const struct tokenizer *tokenizer)
+{
+    scheduler_use_tokenizer(e->scheduler, tokenizer);
+}
+
+int engine_submit(struct engine *e, struct request *request, struct sink sink)
+{
+    const struct policy *policy = &e->resources.policy;
+    struct policy_sequence sequence = {.prompt_tokens = request->n_ids,
+                                       .n_spans = request->n_images,
+                                       .spans = request->spans,
+                                       .last_turn_start = request->last_turn_start,
+                                       .budget = request->budget};
+    int judging = 1;
+    if (request->n_images > e->resources.config.max_images_per_prompt)
+        FAIL(ERR_REQUEST, "%d images in the prompt, at most %d are served (max_images_per_prompt)", request->n_images,
+             e->resources.config.max_images_per_prompt);
+    if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
+        judging = policy->vt->judging_rows(policy, &sequence);
+        if (policy->vt->whole_prompt) judging = request->n_ids;
+    }
+    return scheduler_submit(e->scheduler, request, sink, judging);
+}
+
+/* Rank 0 sends the message; the others receive it, idling gently until there is one. */
+static int exchange(struct engine *e)
+{
+    struct step_message *m = &e->message;
+    TRY(comm_broadcast_idle(e->comm, &m->head, sizeof m->head, 0));
+    if (m->head.body_bytes > m->capacity) FAIL(ERR_BUG, "step message of %zu bytes", (size_t)m->head.body_bytes);
+    return m->head.body_bytes ? comm_broadcast(e->comm, m->body, m->head.body_bytes, 0) : OK;
+}
+
+int engine_step(struct engine *e, int *active)
+{
+    bool work;
+    *active = 0;
+    TRY(scheduler_plan(e->scheduler, &e->message, &work));
+    if (work) {
+        TRY(exchange(e));
+        TRY(engine__run_step(e));
+    }
+    /* One step late, unless there is no later step to wait for. */
+    if (scheduler_pending(e->scheduler) && (!work || scheduler_pending(e->scheduler) != e->message.head.number))
+        TRY(engine__collect(e));
+    *active = scheduler_active(e->scheduler);
+    return OK;
+}
+
+int engine_abort_all(struct engine *e) { return scheduler_abort_all(e->scheduler); }
+
+int engine_follow(struct engine *e)
+{
+    struct step_view v;
+    for (;;) {
+        TRY(exchange(e));
+        if (e->message.head.kind == STEP_STOP) return OK;
+        if (e->message.head.kind == STEP_SET_POLICY) {
+            TRY(step_read(&e->message, e->limits.image_bytes, &v));
+            TRY(resources_set_policy(&e->resources, v.policy));
+            continue;
+        }
+        TRY(engine__run_step(e));
+    }
+}
+
+int engine_stop(struct engine *e)
+{
+    e->message.head = (struct step_head){.kind = STEP_STOP};
+    return exchange(e);
+}
+
+int engine_set_policy(struct engine *e, const struct policy_config *config)
+{
+    struct step_view v;
+    const struct policy_vt *vt;
+    if (scheduler_active(e->scheduler)) FAIL(ERR_BUG, "engine_set_policy with requests active");
+    TRY(policy_find(config->policy, &vt));
+    e->message.head = (struct step_head){.kind = STEP_SET_POLICY};
+    TRY(step_layout(&e->message, e->limits.image_bytes, &v));
+    memcpy((struct policy_config *)v.policy, config, sizeof *config);
+    TRY(exchange(e));
+    TRY(resources_set_policy(&e->resources, config));
+    scheduler_use_policy(e->scheduler, vt->name);
+    return OK;
+}
+
+void engine_counters(const struct engine *e, struct engine_counters *out)
+{
+    int32_t free_pages = 0;
+    *out = e->counters;
+    out->vision_seconds = model_vision_seconds(e->resources.model);
+    out->max_running = e->scheduler ? scheduler_max_running(e->scheduler) : 0;
+    out->pages_total = e->resources.kv.n_pages;
+    if (!ops_download((struct ops *)&e->ops, &free_pages, e->resources.kv.free_count, sizeof free_pages))
+        out->pages_free = free_pages;
+    out->planned_bytes = e->plan.total;
+    out->private_bytes = plan_private_bytes() - e->private_before;
+}

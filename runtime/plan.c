@@ -1,0 +1,213 @@
+#include "runtime/plan.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "base/file.h"
+
+size_t plan_private_bytes(void)
+{
+    FILE *f = fopen("/proc/self/status", "r");
+    char line[256];
+    size_t kib = 0;
+    if (!f) return 0;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "RssAnon: %zu kB", &kib) == 1) break;
+    fclose(f);
+    return kib << 10;
+}
+
+/* One number from a file of /proc or the cgroup; SIZE_MAX if there is none ("max"). */
+static size_t read_number(const char *path)
+{
+    FILE *f = fopen(path, "r");
+    size_t n;
+    if (!f) return SIZE_MAX;
+    if (fscanf(f, "%zu", &n) != 1) n = SIZE_MAX;
+    fclose(f);
+    return n;
+}
+
+size_t plan_available_bytes(void)
+{
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[256];
+    size_t kib = 0;
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+    if (f) fclose(f);
+    size_t available = kib << 10;
+    size_t limit = read_number("/sys/fs/cgroup/memory.max"), used = read_number("/sys/fs/cgroup/memory.current");
+    if (limit == SIZE_MAX || used == SIZE_MAX || used > limit) return available;
+    return limit - used < available ? limit - used : available;
+}
+
+struct step_limits plan_step_limits(const struct config *c, const struct model_dims *dims)
+{
+    int images = resources_max_images(c, dims);
+    size_t side = dims->family == MODEL_LLAVA ? (size_t)dims->vision.image_size : 0;
+    int spans = c->max_num_seqs > images ? c->max_num_seqs : images;
+    /* A sequence's whole prompt comes with its first rows, so one long prompt may exceed the chunk. */
+    return (struct step_limits){.max_seqs = c->max_num_seqs,
+                                .max_ids = 2 * c->max_num_batched_tokens + c->max_model_len,
+                                .max_spans = spans + c->max_model_len / 16,
+                                .max_images = images,
+                                .image_bytes = side * side * 3};
+}
+
+static void add_row(struct memory_plan *plan, const char *label, size_t bytes)
+{
+    if (plan->n_rows == PLAN_MAX_ROWS || !bytes) return;
+    plan->row[plan->n_rows++] = (struct plan_row){label, bytes};
+    plan->total += bytes;
+}
+
+/* Pages of max_num_seqs sequences of max_model_len tokens on this rank: more are never used. */
+static int64_t most_pages(const struct resources *r)
+{
+    return (int64_t)r->kv.n_slots * r->kv.lanes_per_slot * r->kv.max_pages;
+}
+
+/* Bytes of the pool on a CPU rank: as configured, else all that can be used, at most a quarter of what is available. */
+static int64_t choose_pages(const struct resources *r, size_t available)
+{
+    size_t page = resources_page_bytes(r);
+    int64_t most = most_pages(r), fit;
+    if (r->config.kv_cache_memory_bytes)
+        fit = r->config.kv_cache_memory_bytes / (int64_t)page;
+    else
+        fit = (int64_t)(available / 4 / page);
+    return fit < most ? fit : most;
+}
+
+static int measure_arena(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages,
+                         struct memory_plan *out)
+{
+    struct arena arena;
+    arena_measure(&arena);
+    TRY(resources_place(r, &arena, checkpoint, n_pages));
+    out->arena_bytes = arena.used;
+    for (int i = 0; i < arena.n_rows; i++) add_row(out, arena.row[i].label, arena.row[i].bytes);
+    return OK;
+}
+
+int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, struct memory_plan *out)
+{
+    struct ops_limits limits = model_limits(r->model);
+    struct step_limits step = plan_step_limits(&r->config, &r->dims);
+    size_t scratch;
+    memset(out, 0, sizeof *out);
+    int local_ranks = r->comm->local_size > 0 ? r->comm->local_size : r->comm->size;
+    out->available = plan_available_bytes() / (size_t)local_ranks;
+    out->page_bytes = resources_page_bytes(r);
+    out->lanes = r->kv.lanes_per_slot;
+    out->n_pages = n_pages ? n_pages : choose_pages(r, out->available);
+    TRY(measure_arena(r, checkpoint, out->n_pages, out));
+    TRY(ops_reserve(r->ops, &limits, &scratch, true));
+    add_row(out, "op scratch", scratch);
+    if (r->comm->size > 1)
+        add_row(out, "communicator", comm_scratch_bytes(r->comm->size, model_reduce_bytes(r->model)));
+    add_row(out, "step messages", step_message_bytes(&step));
+    return OK;
+}
+
+/* ---- printing ---- */
+
+static double mib(size_t bytes) { return (double)bytes / 1048576.0; }
+
+/* Sequences of `tokens` in every layer that the pool holds at once. */
+static int64_t sequences(const struct memory_plan *plan, const struct resources *r, int tokens)
+{
+    int64_t pages = (int64_t)plan->lanes * ((tokens + r->kv.page_size - 1) / r->kv.page_size);
+    return pages ? plan->n_pages / pages : 0;
+}
+
+static int kept_tokens(const struct resources *r)
+{
+    double share = kv_budget_share(r->config.kv_cache.budget, r->config.max_model_len);
+    return strcmp(r->config.kv_cache.policy, "full") ? (int)(share * r->config.max_model_len) : r->config.max_model_len;
+}
+
+void plan_print_table(const struct memory_plan *plan, const struct resources *r, FILE *out)
+{
+    fprintf(out, "memory of rank %d of %d:\n", r->comm->rank, r->comm->size);
+    for (int i = 0; i < plan->n_rows; i++)
+        fprintf(out, "  %-20s %10.1f MiB\n", plan->row[i].label, mib(plan->row[i].bytes));
+    fprintf(out, "  %-20s %10.1f MiB", "total", mib(plan->total));
+    if (plan->available) fprintf(out, " of %.1f MiB available", mib(plan->available));
+    fprintf(out,
+            "\n  KV pool: %" PRId64 " pages of %d tokens; %" PRId64
+            " sequences of %d tokens with the full cache, %" PRId64 " kept at %s %.3g\n",
+            plan->n_pages, r->kv.page_size, sequences(plan, r, r->config.max_model_len), r->config.max_model_len,
+            sequences(plan, r, kept_tokens(r)), r->config.kv_cache.policy,
+            kv_budget_share(r->config.kv_cache.budget, r->config.max_model_len));
+}
+
+static void print_json(const struct memory_plan *plan, const struct resources *r, FILE *out)
+{
+    fprintf(out, "{\"rank\": %d, \"rows\": {", r->comm->rank);
+    for (int i = 0; i < plan->n_rows; i++)
+        fprintf(out, "%s\"%s\": %zu", i ? ", " : "", plan->row[i].label, plan->row[i].bytes);
+    fprintf(out,
+            "}, \"total_bytes\": %zu, \"available_bytes\": %zu, \"kv_pages\": %" PRId64
+            ", \"page_bytes\": %zu, \"lanes\": %d, "
+            "\"sequences_full\": %" PRId64 ", \"sequences_kept\": %" PRId64 "}",
+            plan->total, plan->available, plan->n_pages, plan->page_bytes, plan->lanes,
+            sequences(plan, r, r->config.max_model_len), sequences(plan, r, kept_tokens(r)));
+}
+
+/* One rank's plan, computed here; comm is a mere pair of numbers. */
+static int print_rank(const struct config *config, const struct model_dims *dims, const struct checkpoint *checkpoint,
+                      struct ops *ops, int rank, int n_ranks, size_t memory, bool json, FILE *out, bool *fits)
+{
+    struct comm comm = {.rank = rank, .size = n_ranks, .local_rank = rank, .local_size = n_ranks};
+    struct resources r;
+    struct memory_plan plan;
+    int rc = resources_open(config, dims, ops, &comm, &r);
+    if (!rc) rc = plan_measure(&r, checkpoint, 0, &plan);
+    if (!rc) {
+        if (memory) plan.available = memory;
+        *fits = *fits && plan.total <= plan.available;
+        if (json)
+            print_json(&plan, &r, out);
+        else
+            plan_print_table(&plan, &r, out);
+    }
+    resources_close(&r);
+    return rc;
+}
+
+static int print_ranks(const struct config *config, const struct model_dims *dims, const struct checkpoint *checkpoint,
+                       int n_ranks, size_t memory, bool json, FILE *out)
+{
+    struct ops ops;
+    bool fits = true;
+    TRY(ops_open(&ops, "cpu", 0, 1));
+    int rc = OK;
+    if (json) fprintf(out, "{\"ranks\": [");
+    for (int rank = 0; rank < n_ranks && !rc; rank++) {
+        if (json && rank) fprintf(out, ", ");
+        rc = print_rank(config, dims, checkpoint, &ops, rank, n_ranks, memory, json, out, &fits);
+    }
+    if (json && !rc)
+        fprintf(out, "], \"fits\": %s}\n", fits ? "true" : "false");
+    else if (!rc)
+        fprintf(out, fits ? "it fits\n"
+                          : "it does not fit: use more ranks, or lower max_num_seqs, max_model_len, "
+                            "max_num_batched_tokens or kv_cache_memory_bytes\n");
+    ops_close(&ops);
+    if (!rc && !fits && !json) FAIL(ERR_NOMEM, "the plan exceeds the memory of at least one rank");
+    return rc;
+}
+
+int plan_print(const struct config *config, int n_ranks, double gpu_memory_gib, bool json, FILE *out)
+{
+    struct model_dims dims;
+    struct checkpoint *checkpoint = NULL;
+    if (n_ranks < 1) FAIL(ERR_CONFIG, "--gpus %d: expected at least 1", n_ranks);
+    TRY(model_dims_load(config->model, &dims));
+    if (config->load_format != CONFIG_LOAD_DUMMY) TRY(checkpoint_open(config->model, &checkpoint));
+    int rc = print_ranks(config, &dims, checkpoint, n_ranks, (size_t)(gpu_memory_gib * 1073741824.0), json, out);
+    checkpoint_close(checkpoint);
+    return rc;
+}

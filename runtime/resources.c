@@ -1,0 +1,193 @@
+#include "runtime/resources.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/file.h"
+#include "model/image.h"
+
+static const char tables_label[] = "KV tables";
+
+size_t resources_page_bytes(const struct resources *r)
+{
+    return 2 * (size_t)r->config.kv_page_size * (size_t)r->dims.head_dim * dtype_size(r->ops->dtype);
+}
+
+int64_t resources_token_bytes(const struct model_dims *dims, enum dtype dtype)
+{
+    return 2 * (int64_t)dims->n_layers * dims->n_kv_heads * dims->head_dim * (int64_t)dtype_size(dtype);
+}
+
+int resources_max_images(const struct config *config, const struct model_dims *dims)
+{
+    return dims->family == MODEL_LLAVA ? config->max_num_batched_tokens / dims->vision.n_image_tokens : 0;
+}
+
+int resources_max_prompt_tokens(const struct config *config)
+{
+    return config->max_num_batched_tokens > config->max_model_len ? config->max_num_batched_tokens
+                                                                  : config->max_model_len;
+}
+
+/* Resolves automatic limits and refuses what cannot work. */
+static int resolve_limits(struct config *c, const struct model_dims *dims)
+{
+    if (!c->max_model_len)
+        c->max_model_len = dims->max_position_embeddings < CONFIG_AUTO_MODEL_LEN ? dims->max_position_embeddings
+                                                                                 : CONFIG_AUTO_MODEL_LEN;
+    if (c->max_model_len > dims->max_position_embeddings)
+        FAIL(ERR_CONFIG, "max_model_len is %d, but the model has %d positions (max_position_embeddings)",
+             c->max_model_len, dims->max_position_embeddings);
+    if (dims->family == MODEL_LLAVA && c->max_num_batched_tokens < dims->vision.n_image_tokens)
+        FAIL(ERR_CONFIG, "max_num_batched_tokens is %d, but one image of this model takes %d tokens in one step",
+             c->max_num_batched_tokens, dims->vision.n_image_tokens);
+    return OK;
+}
+
+/* How the tower wants its pixels, from preprocessor_config.json or CLIP's defaults. */
+static int find_pixel_scale(const struct resources *r, struct model_options *options)
+{
+    struct image_processor processor;
+    char path[CONFIG_PATH_BYTES];
+    TRY(path_join(path, sizeof path, r->config.model, "preprocessor_config.json"));
+    int height, width, size = r->dims.vision.image_size;
+    processor = image_processor_default(size);
+    if (file_exists(path)) TRY(image_processor_load(path, &processor));
+    image_processor_output_size(&processor, &height, &width);
+    if (height != size || width != size)
+        FAIL(ERR_FORMAT, "%s: images come out as %d x %d, the vision tower takes %d x %d", path, width, height, size, size);
+    image_processor_scale_shift(&processor, options->pixel_scale, options->pixel_shift);
+    return OK;
+}
+
+static enum dtype weight_dtype(const struct config *config)
+{
+    switch (config->dtype) {
+    case CONFIG_DTYPE_FLOAT32: return DTYPE_F32;
+    case CONFIG_DTYPE_FLOAT16: return DTYPE_F16;
+    case CONFIG_DTYPE_BFLOAT16: return DTYPE_BF16;
+    default: return DTYPE_N;
+    }
+}
+
+int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
+                   struct resources *r)
+{
+    memset(r, 0, sizeof *r);
+    r->config = *config;
+    r->dims = *dims;
+    r->ops = ops;
+    r->comm = comm;
+    TRY(resolve_limits(&r->config, dims));
+    struct model_options options = {.max_tokens = r->config.max_num_batched_tokens,
+                                    .max_seqs = r->config.max_num_seqs,
+                                    .max_context = r->config.max_model_len,
+                                    .max_images = resources_max_images(&r->config, dims),
+                                    .weight_dtype = weight_dtype(config)};
+    if (dims->family == MODEL_LLAVA) TRY(find_pixel_scale(r, &options));
+    TRY(model_open(dims, &options, ops, comm, &r->model));
+    r->kv = (struct kv_view){.page_size = r->config.kv_page_size,
+                             .head_dim = dims->head_dim,
+                             .max_pages = (r->config.max_model_len + r->config.kv_page_size) / r->config.kv_page_size,
+                             .lanes_per_slot = model_lanes(r->model),
+                             .n_slots = r->config.max_num_seqs};
+    return OK;
+}
+
+void resources_close(struct resources *r)
+{
+    policy_close(&r->policy);
+    model_close(r->model);
+    memset(r, 0, sizeof *r);
+}
+
+static struct policy_env policy_env(const struct resources *r)
+{
+    return (struct policy_env){.ops = r->ops,
+                               .comm = r->comm,
+                               .kv = &r->kv,
+                               .layers = model_layers(r->model),
+                               .n_layers = r->dims.n_layers,
+                               .g_n_heads = r->dims.n_heads,
+                               .max_context = r->config.max_model_len,
+                               .max_prompt_tokens = resources_max_prompt_tokens(&r->config)};
+}
+
+/* The most that any policy's state takes. */
+static int measure_policies(struct resources *r)
+{
+    struct policy_config config = r->config.kv_cache;
+    struct policy_env env = policy_env(r);
+    r->policy_bytes = 0;
+    for (int i = 0; policy_name(i); i++) {
+        struct policy policy;
+        struct arena arena;
+        strncpy(config.policy, policy_name(i), sizeof config.policy - 1);
+        arena_measure(&arena);
+        int rc = policy_open(&policy, &config, &env, &arena);
+        policy_close(&policy);
+        if (rc) return rc;
+        if (arena.used > r->policy_bytes) r->policy_bytes = arena.used;
+    }
+    return OK;
+}
+
+static int place_kv(struct resources *r, struct arena *arena, int64_t n_pages)
+{
+    struct kv_view *kv = &r->kv;
+    size_t lanes = (size_t)kv->n_slots * (size_t)kv->lanes_per_slot;
+    if (n_pages > INT32_MAX)
+        FAIL(ERR_CONFIG, "kv_cache_memory_bytes: %lld pages, at most %d are served", (long long)n_pages, INT32_MAX);
+    kv->n_pages = (int)n_pages;
+    TRY(arena_take(arena, lanes * (size_t)kv->max_pages * sizeof(int32_t), tables_label, &kv->page_row));
+    TRY(arena_take(arena, lanes * sizeof(int32_t), tables_label, &kv->lane_len));
+    TRY(arena_take(arena, (size_t)n_pages * sizeof(int32_t), tables_label, &kv->free_stack));
+    TRY(arena_take(arena, sizeof(int32_t), tables_label, &kv->free_count));
+    TRY(arena_take(arena, sizeof(int32_t), tables_label, &kv->error));
+    return arena_tensor(arena, tensor_3d(NULL, r->ops->dtype, n_pages, 2 * (int64_t)kv->page_size, kv->head_dim),
+                        "KV pages", &kv->pool);
+}
+
+static int place_sampling(struct resources *r, struct arena *arena)
+{
+    struct sampling_state *s = &r->sampling;
+    size_t slots = (size_t)r->kv.n_slots, pairs = slots * (1 + MAX_LOGPROBS);
+    static const char label[] = "sampling";
+    s->vocab_size = r->dims.vocab_size;
+    s->n_slots = r->kv.n_slots;
+    TRY(arena_take(arena, slots * sizeof *s->params, label, &s->params));
+    TRY(arena_take(arena, slots * (size_t)s->vocab_size * sizeof *s->token_count, label, &s->token_count));
+    TRY(arena_take(arena, slots * sizeof *s->next_token, label, &s->next_token));
+    TRY(arena_take(arena, slots * sizeof *s->position, label, &s->position));
+    TRY(arena_take(arena, pairs * sizeof *s->logprob, label, &s->logprob));
+    TRY(arena_take(arena, pairs * sizeof *s->logprob_token, label, &s->logprob_token));
+    TRY(arena_take(arena, 2 * (slots + 1) * sizeof *r->tokens, label, &r->tokens));
+    TRY(arena_take(arena, 2 * pairs * sizeof *r->logprob, label, &r->logprob));
+    return arena_take(arena, 2 * pairs * sizeof *r->logprob_token, label, &r->logprob_token);
+}
+
+int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint, int64_t n_pages)
+{
+    TRY(model_place(r->model, arena, checkpoint));
+    TRY(place_sampling(r, arena));
+    TRY(measure_policies(r));
+    TRY(arena_take(arena, r->policy_bytes, "policy state", &r->policy_memory));
+    return place_kv(r, arena, n_pages);
+}
+
+int resources_set_policy(struct resources *r, const struct policy_config *config)
+{
+    struct arena arena;
+    struct policy_env env = policy_env(r);
+    policy_close(&r->policy);
+    arena_init(&arena, r->policy_memory, r->policy_bytes);
+    r->config.kv_cache = *config;
+    return policy_open(&r->policy, config, &env, &arena);
+}
+
+int resources_begin(struct resources *r, struct checkpoint *checkpoint, const struct load_progress *progress)
+{
+    TRY(model_load(r->model, checkpoint, r->config.seed, progress));
+    TRY(ops_kv_reset(r->ops, &r->kv));
+    return resources_set_policy(r, &r->config.kv_cache);
+}

@@ -1,0 +1,53 @@
+/* resources - everything of one rank that takes device memory, placed by one function: model, KV cache, sampling,
+ * policy. The memory plan is that function run over a measuring arena, so plan and engine cannot disagree. */
+#ifndef VITRAIL_RUNTIME_RESOURCES_H
+#define VITRAIL_RUNTIME_RESOURCES_H
+
+#include "base/arena.h"
+#include "kernels/ops.h"
+#include "kvcache/policy.h"
+#include "model/model.h"
+#include "runtime/config.h"
+
+struct resources {
+    struct config config; /* with 0 = auto limits resolved */
+    struct model_dims dims;
+    struct ops *ops;
+    struct comm *comm;
+    struct model *model;
+    struct kv_view kv;
+    struct sampling_state sampling;
+    struct policy policy;
+    char *policy_memory; /* holds the state of the greediest policy, so that eval can change policies */
+    size_t policy_bytes;
+    /* Results of a step on their way to the host, one step late: two of each, used in turn. */
+    int32_t *tokens;        /* [2, n_slots + 1]: next_token of all slots, then the cache's error word */
+    float *logprob;         /* [2, n_slots, 1 + MAX_LOGPROBS] */
+    int32_t *logprob_token; /* [2, n_slots, 1 + MAX_LOGPROBS] */
+};
+
+/* resources_open - shard plan and sizes for a loaded config and dims; no device memory yet. ops and comm are kept.
+ * Errors: ERR_CONFIG where limits and model do not fit together, naming the keys. resources_close accepts half-open. */
+int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
+                   struct resources *out) MUST_CHECK;
+void resources_close(struct resources *r);
+
+/* resources_place - takes (or measures) everything, with a pool of n_pages pages. */
+int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint,
+                    int64_t n_pages) MUST_CHECK;
+
+/* resources_set_policy - opens a policy in the memory set aside; closes the one before. */
+int resources_set_policy(struct resources *r, const struct policy_config *config) MUST_CHECK;
+
+/* resources_begin - loads the weights and resets the cache, after placing. */
+int resources_begin(struct resources *r, struct checkpoint *checkpoint,
+                    const struct load_progress *progress) MUST_CHECK;
+
+/* Derived numbers. */
+size_t resources_page_bytes(const struct resources *r);                               /* one page of the pool */
+int resources_max_images(const struct config *config, const struct model_dims *dims); /* of one step */
+int resources_max_prompt_tokens(const struct config *config); /* of all prompts that end in one step */
+int64_t resources_token_bytes(const struct model_dims *dims,
+                              enum dtype dtype); /* K and V of a token, all layers, all ranks */
+
+#endif

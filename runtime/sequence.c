@@ -1,0 +1,117 @@
+#include "runtime/sequence.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+
+int sequence_begin(struct sequence *seq, struct request *request, struct sink sink, const struct tokenizer *tokenizer,
+                   int judging)
+{
+    memset(seq, 0, sizeof *seq);
+    seq->request = *request;
+    memset(request, 0, sizeof *request);
+    seq->sink = sink;
+    seq->judging = judging;
+    seq->state = SEQUENCE_QUEUED;
+    seq->submitted_at = clock_seconds();
+    size_t n = (size_t)seq->request.max_tokens, pairs = n * (size_t)(1 + seq->request.sampling.n_logprobs);
+    seq->tokens = malloc(n * sizeof *seq->tokens);
+    if (seq->request.sampling.n_logprobs) {
+        seq->logprob = malloc(pairs * sizeof *seq->logprob);
+        seq->logprob_token = malloc(pairs * sizeof *seq->logprob_token);
+    }
+    if (!seq->tokens || (seq->request.sampling.n_logprobs && (!seq->logprob || !seq->logprob_token)))
+        FAIL(ERR_NOMEM, "request: out of memory");
+    return text_stream_begin(&seq->stream, tokenizer, &seq->request);
+}
+
+void sequence_clear(struct sequence *seq)
+{
+    int *kept = seq->kept;
+    text_stream_end(&seq->stream);
+    request_free(&seq->request);
+    free(seq->tokens);
+    free(seq->logprob);
+    free(seq->logprob_token);
+    memset(seq, 0, sizeof *seq);
+    seq->kept = kept;
+}
+
+static bool ends_generation(const struct sequence *seq, const struct sequence_facts *facts, int32_t token)
+{
+    const struct request *r = &seq->request;
+    if (seq->n_tokens < r->min_tokens) return false;
+    for (int i = 0; i < r->n_stop_ids; i++)
+        if (token == r->stop_id[i]) return true;
+    for (int i = 0; !r->ignore_eos && i < facts->n_eos_ids; i++)
+        if (token == facts->eos_ids[i]) return true;
+    return false;
+}
+
+static void show(struct sequence *seq, bool all)
+{
+    size_t size;
+    const char *text = text_stream_show(&seq->stream, all, &size);
+    if (size && seq->sink.on_text) seq->sink.on_text(seq->sink.arg, text, size);
+}
+
+static void store_logprobs(struct sequence *seq, const float *logprob, const int32_t *token)
+{
+    size_t width = 1 + (size_t)seq->request.sampling.n_logprobs, at = (size_t)seq->n_tokens * width;
+    if (!seq->logprob || !logprob) return;
+    memcpy(seq->logprob + at, logprob, width * sizeof *logprob);
+    memcpy(seq->logprob_token + at, token, width * sizeof *token);
+}
+
+int sequence_push(struct sequence *seq, const struct sequence_facts *facts, int32_t token, const float *logprob,
+                  const int32_t *logprob_token)
+{
+    bool stopped = false;
+    if (!seq->n_tokens) seq->first_token_at = clock_seconds();
+    store_logprobs(seq, logprob, logprob_token);
+    seq->tokens[seq->n_tokens++] = token;
+    if (ends_generation(seq, facts, token)) return sequence_complete(seq, facts, FINISH_STOP);
+    TRY(text_stream_push(&seq->stream, token, &stopped));
+    if (stopped && seq->n_tokens >= seq->request.min_tokens) return sequence_complete(seq, facts, FINISH_STOP);
+    if (seq->n_tokens == seq->request.max_tokens) return sequence_complete(seq, facts, FINISH_LENGTH);
+    show(seq, false);
+    return OK;
+}
+
+static int64_t kept_bytes(const struct sequence *seq, const struct sequence_facts *facts)
+{
+    int64_t tokens = 0;
+    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l];
+    return tokens * facts->token_bytes / facts->n_layers;
+}
+
+int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, enum finish_reason reason)
+{
+    const struct request *r = &seq->request;
+    double now = clock_seconds();
+    if (reason == FINISH_LENGTH) TRY(text_stream_finish(&seq->stream));
+    if (reason != FINISH_ABORT) show(seq, true);
+    struct completion done = {.text = seq->stream.text,
+                              .text_size = seq->stream.size,
+                              .tokens = seq->tokens,
+                              .n_tokens = seq->n_tokens,
+                              .finish_reason = reason,
+                              .prompt_tokens = r->n_ids,
+                              .policy = facts->policy,
+                              .budget = r->budget,
+                              .kept_tokens_per_layer = seq->kept,
+                              .n_layers = seq->kept ? facts->n_layers : 0,
+                              .bytes_full = facts->token_bytes * r->n_ids,
+                              .bytes_kept = seq->kept ? kept_bytes(seq, facts) : 0,
+                              .queue_seconds = (seq->admitted_at > 0 ? seq->admitted_at : now) - seq->submitted_at,
+                              .first_token_seconds = seq->n_tokens ? seq->first_token_at - seq->submitted_at : 0,
+                              .total_seconds = now - seq->submitted_at,
+                              .logprob = seq->logprob,
+                              .logprob_token = seq->logprob_token,
+                              .n_logprobs = r->sampling.n_logprobs};
+    for (int i = 0; i < r->n_images; i++) done.image_tokens += r->spans[i].end - r->spans[i].start;
+    seq->sink.on_done(seq->sink.arg, &done);
+    seq->state = seq->state == SEQUENCE_QUEUED ? SEQUENCE_FREE : SEQUENCE_DONE;
+    return OK;
+}
