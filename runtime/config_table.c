@@ -36,7 +36,7 @@ static const char *const window_of_names[] = {"layer", "prompt", NULL};
     ROW(key, CONFIG_DOUBLE, member, text, .min = low, .max = high, .help = h)
 #define VL(name) "kv_cache.vl_cache." name
 
-static const double MAX_BYTES = 1LL << 50;
+#define MAX_BYTES 0x1p50
 
 static const struct config_key table[] = {
     TEXT("model", model, "", "model directory (safetensors) or .gguf file; no default"),
