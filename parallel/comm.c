@@ -164,12 +164,14 @@ int comm_barrier(struct comm *c)
 
 void comm_phase(struct comm *c, const char *phase) { snprintf(c->phase, sizeof c->phase, "%s", phase); }
 
-void comm_watch(struct comm *c, _Atomic uint64_t *calls)
+void comm_watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal)
 {
-    if (c->vt->watch)
-        c->vt->watch(c, calls);
-    else
-        c->calls = calls;
+    if (c->vt->watch) {
+        c->vt->watch(c, calls, stop_signal);
+        return;
+    }
+    c->calls = calls;
+    c->stop_signal = stop_signal;
 }
 
 _Noreturn void comm_abort(struct comm *c, int code)

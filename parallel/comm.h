@@ -7,7 +7,7 @@
  * Every function marked "collective" is called by all ranks, in the same order, with the same sizes. A collective
  * that FAILS on a rank (not: an agreement on somebody's error) breaks that rank's communicator: every later call
  * returns the same error at once, and the rank ends through liveness_fail, which stops the others.
- * Waiting inside a collective tests and yields, it never sleeps; only comm_broadcast_idle backs off (to 1 ms).
+ * Waiting inside a collective tests and yields, it never sleeps; only comm_broadcast_idle backs off.
  * Calls come from one thread: the one that opened the communicator. */
 #ifndef VITRAIL_PARALLEL_COMM_H
 #define VITRAIL_PARALLEL_COMM_H
@@ -36,7 +36,7 @@ struct comm_vt {
     int (*reserve)(struct comm *c, size_t max_bytes);
     /* Optional: called first in comm_agree with this rank's code; returns the code to agree on (fault injection). */
     int (*before_agree)(struct comm *c, int code);
-    void (*watch)(struct comm *c, _Atomic uint64_t *calls);
+    void (*watch)(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal);
     void (*abort)(struct comm *c, int exit_code);
     void (*close)(struct comm *c);
 };
@@ -49,7 +49,9 @@ struct comm {
     int broken;                 /* the error of the first failed collective, 0 while sound */
     char broken_text[512];      /* and its message */
     size_t reserved_bytes;      /* largest all-reduce announced by comm_reserve */
-    _Atomic uint64_t *calls;    /* collectives entered, read by the watchdog (parallel/liveness.h); may be NULL */
+    /* Of parallel/liveness.h, may be NULL: collectives entered, for the watchdog; signal that asked us to stop. */
+    _Atomic uint64_t *calls;
+    const _Atomic int *stop_signal;
     void *impl;
 };
 
@@ -60,7 +62,8 @@ int comm_open(const char *kind, struct comm **out) MUST_CHECK;
 /* comm_open_auto - "mpi" if the environment says that a launcher (mpirun, srun) started us, else "self". */
 int comm_open_auto(struct comm **out) MUST_CHECK;
 
-/* comm_close - ends the communicator; NULL is fine. Collective for MPI (MPI_Finalize). */
+/* comm_close - ends the communicator; NULL is fine. Collective for MPI: MPI_Finalize; but once a signal has asked for
+ * the end only a barrier, since the launcher that sends it no longer answers MPI_Finalize. */
 void comm_close(struct comm *c);
 
 /* comm_wrap_fault - wraps *c for tests so that a fault happens at a known place. spec, comma-separated:
@@ -90,7 +93,8 @@ int comm_all_gather(struct comm *c, struct tensor out, struct tensor in, void *s
 /* ---- control plane, host memory; collective ---- */
 
 /* comm_broadcast - root's n bytes to all; any n (large ones go in pieces). comm_broadcast_idle - the same for the
- * wait between steps: receivers back off to naps of 1 ms, so that an idle rank costs under 2% of a core. */
+ * wait between steps: receivers back off to naps of 1 ms (2 ms when long idle), so that an idle rank costs under 2% of
+ * a core. */
 int comm_broadcast(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;
 int comm_broadcast_idle(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;
 
@@ -115,8 +119,9 @@ int comm_barrier(struct comm *c) MUST_CHECK;
 /* comm_phase - names what comes next ("load", "decode"); text of up to 31 bytes, copied. */
 void comm_phase(struct comm *c, const char *phase);
 
-/* comm_watch - from now on every collective entered adds 1 to *calls, which must live as long as the process. */
-void comm_watch(struct comm *c, _Atomic uint64_t *calls);
+/* comm_watch - from now on every collective entered adds 1 to *calls, and comm_close looks at *stop_signal. Both must
+ * live as long as the process. */
+void comm_watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal);
 
 /* comm_abort - ends the whole job at once with status_exit_code(code); does not return. For use where
  * there is no liveness yet. The caller has printed its message. */

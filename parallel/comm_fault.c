@@ -98,7 +98,10 @@ static int before_agree(struct comm *c, int code)
 
 static int reserve(struct comm *c, size_t max_bytes) { return inner_of(c)->vt->reserve(inner_of(c), max_bytes); }
 
-static void watch(struct comm *c, _Atomic uint64_t *calls) { comm_watch(inner_of(c), calls); }
+static void watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal)
+{
+    comm_watch(inner_of(c), calls, stop_signal);
+}
 
 static void abort_job(struct comm *c, int exit_code) { inner_of(c)->vt->abort(inner_of(c), exit_code); }
 

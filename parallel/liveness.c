@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "parallel/liveness_private.h"
@@ -76,6 +77,12 @@ static void set_phase(struct slot *slot, const char *phase)
         atomic_store_explicit(&slot->phase[i], words[i], memory_order_relaxed);
 }
 
+static ino_t pid_namespace(void)
+{
+    struct stat s;
+    return stat("/proc/self/ns/pid", &s) ? 0 : s.st_ino;
+}
+
 /* join - fills the own slot and starts the thread. */
 static int join(struct liveness *l)
 {
@@ -83,6 +90,7 @@ static int join(struct liveness *l)
     own->rank = l->rank;
     own->pid = getpid();
     liveness__process(own->pid, 0, &own->start_time);
+    own->pid_namespace = pid_namespace();
     set_phase(own, "start");
     atomic_store_explicit(&own->state, SLOT_RUNNING, memory_order_release);
     liveness_block_signals(); /* a no-op if main did it, as it should */
@@ -131,7 +139,7 @@ int liveness_open(struct comm *c, const struct liveness_options *options, struct
                            .sight = sight};
     if (l->options.stop_grace <= 0) l->options.stop_grace = 10;
     TRY_GOTO(attach_all(l, &joined), rc, failed);
-    comm_watch(c, &l->segment->slot[l->me].calls);
+    comm_watch(c, &l->segment->slot[l->me].calls, &l->segment->stop_signal);
     *out = l;
     return OK;
 failed:

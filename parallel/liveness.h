@@ -9,11 +9,12 @@
  * Several hosts: the shared memory covers the ranks of one host; a rank that ends with an error makes the launcher
  * (mpirun, srun --kill-on-bad-exit) end the other hosts, and remote crashes reach us the same way, as SIGTERM.
  *
- * Exit codes: status_exit_code(code) of the error that a rank reported (liveness_fail, or orderly after comm_agree);
- * 5 when a rank died, stopped or hung; 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) for a job ended by a signal, also
- * when it ended in good order: the job is then unfinished but resumable. mpirun returns its own 137 or 143 when it saw
- * a rank die of a signal first; it forwards Ctrl-C as SIGTERM, and SIGKILL 1 s later unless
- * OMPI_MCA_odls_base_sigkill_timeout says more. */
+ * Exit codes of a rank: status_exit_code(code) of the error that was reported (liveness_fail, or orderly after
+ * comm_agree); 5 when a rank died, stopped or hung; 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) for a job ended by a
+ * signal, also when it ended in good order: the job is then unfinished but resumable. What mpirun makes of them: the
+ * first rank's code that is not 0; 137 if it saw a rank killed first; 1 if it was itself told to stop. Told to stop
+ * (also by Ctrl-C), Open MPI 4.1 waits 1 s, sends SIGTERM, waits 1 s, sends SIGKILL: work in hand has one second to end
+ * in good order. */
 #ifndef VITRAIL_PARALLEL_LIVENESS_H
 #define VITRAIL_PARALLEL_LIVENESS_H
 

@@ -22,6 +22,7 @@ struct slot {
     int rank;                        /* in the whole job */
     pid_t pid;
     unsigned long long start_time;                 /* of the process, as /proc counts it: tells a reused pid */
+    ino_t pid_namespace;                           /* pids of another one mean nothing here: heartbeat alone */
     _Atomic uint64_t heartbeat;                    /* bumped every tick */
     _Atomic uint64_t step;                         /* the current or last one */
     _Atomic uint64_t calls;                        /* collectives entered (comm_watch) */
@@ -41,7 +42,6 @@ struct segment {
 
 /* What the watcher remembers of a slot from tick to tick. */
 struct sight {
-    bool known, pid_visible; /* a process of another pid namespace is judged by its heartbeat alone */
     uint64_t heartbeat, step, calls;
     int still_ticks, stuck_ticks;
 };

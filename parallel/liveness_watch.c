@@ -131,14 +131,13 @@ static void look_for_the_dead(struct liveness *l)
 {
     if (atomic_load(&l->segment->report) != REPORT_NONE)
         liveness__end(l, (struct ending){.exit_code = status_exit_code(ERR_PEER), .kill_slot = -1});
+    const struct slot *own = &l->segment->slot[l->me];
     for (int i = 0; i < l->n_slots; i++) {
         struct slot *slot = &l->segment->slot[i];
-        struct sight *sight = &l->sight[i];
-        if (i == l->me || !running(slot)) continue;
-        bool alive = liveness__process(slot->pid, slot->start_time, NULL);
-        if (!sight->known) *sight = (struct sight){.known = true, .pid_visible = alive};
-        /* The state is read again: it may have left between the two looks. A reporter that exits is not a death. */
-        if (sight->pid_visible && !alive && running(slot) && atomic_load(&l->segment->report) == REPORT_NONE)
+        if (i == l->me || !running(slot) || slot->pid_namespace != own->pid_namespace) continue;
+        if (liveness__process(slot->pid, slot->start_time, NULL)) continue;
+        /* Read again, since it may have left between the two looks. A rank that reported and exited is no death. */
+        if (running(slot) && atomic_load(&l->segment->report) == REPORT_NONE)
             accuse(l, i, false, "died", "killed or crashed");
     }
 }
