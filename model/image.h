@@ -2,8 +2,9 @@
  *
  * Owns: decoding (image_png.c, image_jpeg.c, image_exif.c) and what preprocessor_config.json asks for up to the
  * crop (image_processor.c, image_resize.c). Does not own: fetching the bytes (image_source.h), and turning uint8
- * into floats, which every rank does for its own images with image_processor_scale_shift. The pixels are those
- * of the reference processor, equal to the last bit for the PIL-based one; deviations are named below. */
+ * into floats, which every rank does for its own images with image_processor_scale_shift. The pixels are those of
+ * the reference processors: equal to the Pillow-backed ones to the last bit (Pillow 13 aside, see image_resize.c),
+ * within 2/255 of the torchvision-backed ones; what is decoded otherwise than by Pillow is said at image_decode. */
 #ifndef VITRAIL_MODEL_IMAGE_H
 #define VITRAIL_MODEL_IMAGE_H
 
