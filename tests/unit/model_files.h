@@ -80,7 +80,9 @@ static inline void put_u32(struct bytes *b, uint32_t v) { put(b, &v, 4); }
 static inline void put_u64(struct bytes *b, uint64_t v) { put(b, &v, 8); }
 static inline void put_zeros(struct bytes *b, size_t n)
 {
-    for (size_t i = 0; i < n; i++) put(b, "", 1);
+    uint8_t *zeros = calloc(n + 1, 1);
+    put(b, zeros, n);
+    free(zeros);
 }
 static inline void put_string(struct bytes *b, const char *s)
 {
