@@ -15,8 +15,9 @@ int comm_open(const char *kind, struct comm **out)
 {
     *out = NULL;
     if (!strcmp(kind, "self")) return comm__open_self(out);
-    if (!strcmp(kind, "mpi")) return comm__open_mpi(out);
-    FAIL(ERR_CONFIG, "communicator '%s' is unknown: expected 'self' or 'mpi'", kind);
+    if (!strcmp(kind, "mpi")) return comm__open_mpi(true, out);
+    if (!strcmp(kind, "mpi-messages")) return comm__open_mpi(false, out);
+    FAIL(ERR_CONFIG, "communicator '%s' is unknown: expected self, mpi or mpi-messages", kind);
 }
 
 int comm_open_auto(struct comm **out)

@@ -55,8 +55,9 @@ struct comm {
     void *impl;
 };
 
-/* comm_open - "self" (one rank, no MPI call is made), or "mpi" (MPI_Init; MPI_COMM_WORLD). Collective.
- * Call liveness_block_signals first: MPI starts threads. Errors: ERR_CONFIG unknown kind, ERR_COMM. */
+/* comm_open - "self": one rank, no MPI call is made. "mpi": MPI_Init, MPI_COMM_WORLD; the data plane goes through
+ * shared memory if all ranks are on one host, through messages if not. "mpi-messages": messages always. Collective.
+ * Call liveness_block_signals first: MPI starts threads. Errors: ERR_CONFIG unknown kind, ERR_COMM, ERR_IO. */
 int comm_open(const char *kind, struct comm **out) MUST_CHECK;
 
 /* comm_open_auto - "mpi" if the environment says that a launcher (mpirun, srun) started us, else "self". */
@@ -77,7 +78,7 @@ int comm_wrap_fault(struct comm **c, const char *spec) MUST_CHECK;
 
 /* comm_reserve - takes scratch for all-reduces of up to max_bytes, once, at start-up. Local, not collective.
  * A larger all-reduce later is ERR_BUG, since nothing is allocated on the decode path. Calling again may only
- * happen at start-up too. comm_scratch_bytes - what it takes, for the memory plan. */
+ * happen at start-up too. comm_scratch_bytes - what a rank takes at most, for the memory plan. */
 int comm_reserve(struct comm *c, size_t max_bytes) MUST_CHECK;
 size_t comm_scratch_bytes(int size, size_t max_bytes);
 

@@ -1,4 +1,6 @@
-/* comm_mpi - ranks over MPI, host buffers. The only file of the CPU build that includes mpi.h.
+/* comm_mpi - ranks over MPI, host buffers. The only file of the CPU build that includes mpi.h. Among ranks of one host
+ * the data plane goes through shared memory (comm_shared), MPI carries the control plane; between hosts MPI carries
+ * both.
  *
  * No call waits inside MPI: collectives are the I-variants, tested in a loop that yields (await), so that ranks may
  * outnumber cores and the watching thread can end the process. MPI's own reductions are not used: their order of
@@ -10,16 +12,19 @@
 #include <time.h>
 
 #include "parallel/comm_private.h"
+#include "parallel/comm_shared.h"
 #include "parallel/shard.h"
 
 static const size_t small_bytes = 64 << 10;   /* up to here every rank receives all and sums all: one round trip */
-static const size_t piece_bytes = 16 << 20;   /* larger messages go in pieces of this size; bounds the scratch */
+static const size_t piece_bytes = 4 << 20;    /* larger messages go in pieces of this size; bounds the scratch */
 static const size_t int_safe_bytes = 1 << 30; /* MPI counts are ints */
 
 struct mpi {
-    MPI_Comm world; /* a duplicate of MPI_COMM_WORLD, errors returned */
+    MPI_Comm world;        /* a duplicate of MPI_COMM_WORLD, errors returned */
+    struct shared *shared; /* data plane, if all ranks are on this host; else NULL */
     unsigned char *scratch;
-    int *counts; /* [4 * size]: counts and displacements of a vector collective, to send and to receive */
+    const void **part; /* [size], of the scratch */
+    int *counts;       /* [4 * size]: counts and displacements of a vector collective, to send and to receive */
 };
 
 static int mpi_error(struct comm *c, const char *what, int error)
@@ -104,22 +109,19 @@ static int all_gather_host(struct comm *c, void *out, const void *in, size_t n_e
 static int all_gather(struct comm *c, struct tensor out, struct tensor in, void *stream)
 {
     (void)stream;
-    return all_gather_host(c, out.data, in.data, tensor_bytes(in));
+    struct mpi *m = c->impl;
+    if (!m->shared) return all_gather_host(c, out.data, in.data, tensor_bytes(in));
+    comm__enter(c);
+    comm__shared_gather(m->shared, out.data, in.data, tensor_bytes(in));
+    return OK;
 }
 
-/* ordered_sum - sum[i] = parts[0][i] + parts[1][i] + ... over n_parts blocks of n elements, in that order. */
-static void ordered_sum(void *sum, const void *parts, enum dtype dtype, int n_parts, int64_t n)
+/* sum_scratch - sum := the ordered sum of the scratch, which holds n elements of each rank in turn. */
+static void sum_scratch(struct comm *c, void *sum, enum dtype dtype, int64_t n)
 {
-    memcpy(sum, parts, (size_t)n * dtype_size(dtype));
-    for (int p = 1; p < n_parts; p++) {
-        if (dtype == DTYPE_F32) {
-            const float *from = (const float *)parts + p * n;
-            for (int64_t i = 0; i < n; i++) ((float *)sum)[i] += from[i];
-        } else {
-            const uint64_t *from = (const uint64_t *)parts + p * n; /* unsigned: wraps without undefined behaviour */
-            for (int64_t i = 0; i < n; i++) ((uint64_t *)sum)[i] += from[i];
-        }
-    }
+    struct mpi *m = c->impl;
+    for (int r = 0; r < c->size; r++) m->part[r] = m->scratch + (size_t)(r * n) * dtype_size(dtype);
+    comm__ordered_sum(sum, m->part, c->size, dtype, (size_t)n);
 }
 
 /* reduce_small - everybody gets everything and adds it up. */
@@ -130,7 +132,7 @@ static int reduce_small(struct comm *c, void *x, enum dtype dtype, int64_t n)
     MPI_Request request;
     int rc = MPI_Iallgather(x, bytes, MPI_BYTE, m->scratch, bytes, MPI_BYTE, m->world, &request);
     TRY(await(c, "all-reduce", rc, &request, false));
-    ordered_sum(x, m->scratch, dtype, c->size, n);
+    sum_scratch(c, x, dtype, n);
     return OK;
 }
 
@@ -152,7 +154,7 @@ static int reduce_large(struct comm *c, unsigned char *x, enum dtype dtype, int6
     MPI_Request request;
     int rc = MPI_Ialltoallv(x, slice, slice_at, type, m->scratch, own, own_at, type, m->world, &request);
     TRY(await(c, "all-reduce (exchange)", rc, &request, false));
-    ordered_sum(x + (size_t)mine.first * dtype_size(dtype), m->scratch, dtype, c->size, mine.count);
+    sum_scratch(c, x + (size_t)mine.first * dtype_size(dtype), dtype, mine.count);
     rc = MPI_Iallgatherv(MPI_IN_PLACE, 0, type, x, slice, slice_at, type, m->world, &request);
     return await(c, "all-reduce (gather)", rc, &request, false);
 }
@@ -160,8 +162,13 @@ static int reduce_large(struct comm *c, unsigned char *x, enum dtype dtype, int6
 static int all_reduce_sum(struct comm *c, struct tensor x, void *stream)
 {
     (void)stream;
+    struct mpi *m = c->impl;
     comm__enter(c);
     if (c->size == 1) return OK;
+    if (m->shared) {
+        comm__shared_sum(m->shared, x.data, x.dtype, (size_t)tensor_count(x));
+        return OK;
+    }
     size_t element = dtype_size(x.dtype), n = (size_t)tensor_count(x), most = piece_bytes / element;
     for (size_t at = 0; at < n; at += most) {
         size_t piece = n - at < most ? n - at : most;
@@ -186,7 +193,7 @@ size_t comm_scratch_bytes(int size, size_t max_bytes)
 static int reserve(struct comm *c, size_t max_bytes)
 {
     struct mpi *m = c->impl;
-    size_t bytes = comm_scratch_bytes(c->size, max_bytes);
+    size_t bytes = m->shared ? 0 : comm_scratch_bytes(c->size, max_bytes);
     if (!bytes) return OK;
     void *scratch = realloc(m->scratch, bytes);
     if (!scratch) FAIL(ERR_NOMEM, "no memory for %zu bytes of all-reduce scratch", bytes);
@@ -195,6 +202,18 @@ static int reserve(struct comm *c, size_t max_bytes)
 }
 
 static void abort_job(struct comm *c, int exit_code) { MPI_Abort(((struct mpi *)c->impl)->world, exit_code); }
+
+static void discard(struct comm *c, struct mpi *m)
+{
+    if (m) {
+        comm__shared_close(m->shared);
+        free(m->scratch);
+        free(m->part);
+        free(m->counts);
+    }
+    free(m);
+    free(c);
+}
 
 static void close_mpi(struct comm *c)
 {
@@ -207,10 +226,7 @@ static void close_mpi(struct comm *c)
         MPI_Comm_free(&m->world);
         MPI_Finalize();
     }
-    free(m->scratch);
-    free(m->counts);
-    free(m);
-    free(c);
+    discard(c, m);
 }
 
 static const struct comm_vt mpi_vt = {
@@ -257,24 +273,35 @@ static int describe(struct comm *c, struct mpi *m)
     return OK;
 }
 
-int comm__open_mpi(struct comm **out)
+/* progress - lets MPI move what it holds, for the waits that are not in MPI. */
+static void progress(struct comm *c)
+{
+    int found;
+    MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, ((struct mpi *)c->impl)->world, &found, MPI_STATUS_IGNORE);
+}
+
+static int prepare(struct comm *c, struct mpi *m, bool share_memory)
+{
+    c->vt = &mpi_vt;
+    c->impl = m;
+    TRY(describe(c, m));
+    m->counts = calloc(4 * (size_t)c->size, sizeof *m->counts);
+    m->part = calloc((size_t)c->size, sizeof *m->part);
+    if (!m->counts || !m->part) FAIL(ERR_NOMEM, "no memory for a communicator of %d ranks", c->size);
+    if (!share_memory || c->size == 1 || c->local_size < c->size) return OK;
+    return comm__shared_open(c, progress, &m->shared);
+}
+
+int comm__open_mpi(bool share_memory, struct comm **out)
 {
     TRY(start_mpi());
     struct comm *c = calloc(1, sizeof *c);
     struct mpi *m = calloc(1, sizeof *m);
-    int rc = OK;
-    if (!c || !m) goto no_memory;
-    c->vt = &mpi_vt;
-    c->impl = m;
-    TRY_GOTO(describe(c, m), rc, failed);
-    m->counts = calloc(4 * (size_t)c->size, sizeof *m->counts);
-    if (!m->counts) goto no_memory;
-    *out = c;
-    return OK;
-no_memory:
-    rc = status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for a communicator");
-failed:
-    free(m);
-    free(c);
+    int rc = c && m ? prepare(c, m, share_memory)
+                    : status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for a communicator");
+    if (rc)
+        discard(c, m);
+    else
+        *out = c;
     return rc;
 }

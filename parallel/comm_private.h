@@ -8,7 +8,7 @@ enum { COMM__MAX_RANKS = 1024 };
 
 /* Constructors; *out is zeroed but for vt, rank, size, local_rank, local_size and impl. */
 int comm__open_self(struct comm **out) MUST_CHECK;
-int comm__open_mpi(struct comm **out) MUST_CHECK;
+int comm__open_mpi(bool share_memory, struct comm **out) MUST_CHECK;
 
 /* comm__enter - an implementation counts a collective on its way in, before it waits for anybody. */
 static inline void comm__enter(struct comm *c)

@@ -1,21 +1,17 @@
 /* liveness - joining and leaving the watch, and the marks that the program sets; see liveness_watch.c for the thread.
- *
- * The segment's name is random, exists only until all ranks of the host have attached, and nothing is left behind
- * however the job ends. It is never unmapped: the communicator counts its calls in it until the process is gone. */
+ * The segment outlives the watch: the communicator counts its calls in it until the process is gone. */
 #include "parallel/liveness.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/random.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "parallel/liveness_private.h"
+#include "parallel/segment.h"
 
 void liveness__signals(sigset_t *set)
 {
@@ -33,40 +29,6 @@ void liveness_block_signals(void)
     sigset_t set;
     liveness__signals(&set);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-}
-
-static size_t segment_bytes(int n_slots) { return sizeof(struct segment) + (size_t)n_slots * sizeof(struct slot); }
-
-static int map(struct liveness *l, int fd)
-{
-    int flags = fd < 0 ? MAP_SHARED | MAP_ANONYMOUS : MAP_SHARED;
-    void *at = mmap(NULL, segment_bytes(l->n_slots), PROT_READ | PROT_WRITE, flags, fd, 0);
-    if (at == MAP_FAILED) FAIL(ERR_IO, "cannot map shared memory for the ranks' heartbeats: %s", strerror(errno));
-    l->segment = at;
-    return OK;
-}
-
-/* create - the first local rank makes the segment; its memory is taken now, since a full /dev/shm met at the
- * first write would be a SIGBUS. */
-static int create(struct liveness *l, const char *name)
-{
-    int fd = shm_open(name, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0) FAIL(ERR_IO, "cannot create shared memory %s (/dev/shm): %s", name, strerror(errno));
-    int error = posix_fallocate(fd, 0, (off_t)segment_bytes(l->n_slots));
-    int rc = error ? status_set(ERR_IO, __FILE__, __LINE__, "cannot take %zu bytes of shared memory in /dev/shm: %s",
-                                segment_bytes(l->n_slots), strerror(error))
-                   : map(l, fd);
-    close(fd);
-    return rc;
-}
-
-static int attach(struct liveness *l, const char *name)
-{
-    int fd = shm_open(name, O_RDWR | O_CLOEXEC, 0);
-    if (fd < 0) FAIL(ERR_IO, "cannot open shared memory %s of the first rank of this host: %s", name, strerror(errno));
-    int rc = map(l, fd);
-    close(fd);
-    return rc;
 }
 
 static void set_phase(struct slot *slot, const char *phase)
@@ -100,37 +62,18 @@ static int join(struct liveness *l)
     FAIL(ERR_IO, "cannot start the heartbeat thread: %s", strerror(error));
 }
 
-/* attach_all - the collective part: the first local rank creates, the others attach, all join. Every early return
- * is one that all ranks take. */
-static int attach_all(struct liveness *l, bool *joined)
-{
-    struct comm *c = l->comm;
-    uint64_t id = 0;
-    char name[40];
-    if (c->rank == 0 && getrandom(&id, sizeof id, 0) != sizeof id) id = (uint64_t)getpid();
-    TRY(comm_broadcast(c, &id, sizeof id, 0));
-    snprintf(name, sizeof name, "/vitrail-%016llx", (unsigned long long)id);
-    int rc = l->n_slots == 1 ? map(l, -1) : l->me == 0 ? create(l, name) : OK;
-    rc = comm_agree(c, rc, "start");
-    if (!rc) {
-        if (l->me > 0) rc = attach(l, name);
-        if (!rc) rc = join(l);
-        *joined = !rc;
-        rc = comm_agree(c, rc, "start");
-    }
-    if (l->me == 0 && l->n_slots > 1) shm_unlink(name);
-    return rc;
-}
-
 int liveness_open(struct comm *c, const struct liveness_options *options, struct liveness **out)
 {
     *out = NULL;
-    bool joined = false;
+    size_t slots = (size_t)c->local_size;
+    void *segment = NULL;
     struct liveness *l = calloc(1, sizeof *l);
-    struct sight *sight = calloc((size_t)c->local_size, sizeof *sight);
-    int rc = l && sight ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for %d heartbeats", c->local_size);
+    struct sight *sight = calloc(slots, sizeof *sight);
+    int rc = l && sight ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for %zu heartbeats", slots);
     TRY_GOTO(comm_agree(c, rc, "start"), rc, failed);
+    TRY_GOTO(segment_open(c, sizeof(struct segment) + slots * sizeof(struct slot), "heartbeats", &segment), rc, failed);
     *l = (struct liveness){.comm = c,
+                           .segment = segment,
                            .options = *options,
                            .rank = c->rank,
                            .size = c->size,
@@ -138,15 +81,18 @@ int liveness_open(struct comm *c, const struct liveness_options *options, struct
                            .me = c->local_rank,
                            .sight = sight};
     if (l->options.stop_grace <= 0) l->options.stop_grace = 10;
-    TRY_GOTO(attach_all(l, &joined), rc, failed);
     comm_watch(c, &l->segment->slot[l->me].calls, &l->segment->stop_signal);
-    *out = l;
-    return OK;
-failed:
-    if (joined) {
+    rc = join(l);
+    bool joined = !rc;
+    rc = comm_agree(c, rc, "start");
+    if (rc && joined) {
         liveness_leave(l);
         return rc;
     }
+    if (rc) goto failed;
+    *out = l;
+    return OK;
+failed:
     free(sight);
     free(l);
     return rc;
@@ -186,6 +132,18 @@ _Noreturn void liveness_fail(struct liveness *l, int code, const char *text)
     liveness__end(l, (struct ending){.exit_code = status_exit_code(code), .line = line, .kill_slot = -1});
 }
 
+/* let_first_rank_end - mpirun, once told to stop, kills the rest as soon as one rank has exited: rank 0, which owns the
+ * output, goes first. */
+static void let_first_rank_end(struct liveness *l)
+{
+    enum { LONGEST_MS = 1000, POLL_MS = 5 };
+    const struct slot *first = &l->segment->slot[0];
+    struct timespec t = {.tv_nsec = POLL_MS * 1000000};
+    if (first->pid_namespace != l->segment->slot[l->me].pid_namespace) return;
+    for (int ms = 0; ms < LONGEST_MS && liveness__process(first->pid, first->start_time, NULL); ms += POLL_MS)
+        nanosleep(&t, NULL);
+}
+
 void liveness_leave(struct liveness *l)
 {
     if (!l) return;
@@ -193,6 +151,7 @@ void liveness_leave(struct liveness *l)
     atomic_store_explicit(&l->leaving, true, memory_order_release);
     pthread_kill(l->thread, SIGTERM); /* only to wake it: it looks at `leaving` first */
     pthread_join(l->thread, NULL);
+    if (l->me > 0 && liveness_stop_requested(l)) let_first_rank_end(l);
     free(l->sight);
     free(l);
 }

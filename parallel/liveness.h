@@ -58,7 +58,9 @@ int liveness_stop_requested(const struct liveness *l);
 _Noreturn void liveness_fail(struct liveness *l, int code, const char *text);
 
 /* liveness_leave - the orderly end: this process may vanish now. After comm_close, so that MPI_Finalize is watched
- * as well; also before an orderly exit with an error that all ranks agreed on. NULL is fine. Stops the thread. */
+ * as well; also before an orderly exit with an error that all ranks agreed on. NULL is fine. Stops the thread. After a
+ * stop was requested, ranks other than 0 wait here (up to 1 s) for rank 0 to be gone: see to it that whatever
+ * THEY still have to do is done before comm_close. */
 void liveness_leave(struct liveness *l);
 
 #endif

@@ -4,8 +4,9 @@
  *   liveness_program PHASE [watchdog=SECONDS] [fault=SPEC] [fail=RANK:STEP] [mark=FILE] [deaf]
  *
  * PHASE load: works without a collective; decode: steps with all-reduces; idle: waits between steps.
- * Standard output: "ready RANK PID" once the phase has begun. At an orderly end "clean RANK" is appended to the file
- * `mark`, since mpirun drops what ranks print once it has been told to stop. `deaf` ignores a request to stop. */
+ * Standard output: "ready RANK PID" once the phase has begun. At an orderly end "work RANK" is appended to the file
+ * `mark` by each rank when its work is done, and "clean 0" by rank 0 as the very last thing; to a file, since mpirun
+ * drops what ranks print once it has been told to stop. `deaf` ignores a request to stop. */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,11 +70,11 @@ static void ready(const struct program *p)
     if (write(STDOUT_FILENO, line, (size_t)n) != n) abort();
 }
 
-static void append(const char *path, int rank)
+static void append(const char *path, const char *what, int rank)
 {
-    FILE *file = fopen(path, "a");
+    FILE *file = path ? fopen(path, "a") : NULL;
     if (!file) return;
-    fprintf(file, "clean %d\n", rank);
+    fprintf(file, "%s %d\n", what, rank);
     fclose(file);
 }
 
@@ -146,8 +147,9 @@ int main(int n, char **arguments)
     rc = run(&p);
     if (rc) liveness_fail(p.live, rc, status_message());
     int stop = liveness_stop_requested(p.live), rank = p.comm->rank;
+    append(p.mark, "work", rank);
     comm_close(p.comm);
     liveness_leave(p.live);
-    if (p.mark) append(p.mark, rank);
+    if (rank == 0) append(p.mark, "clean", rank);
     return stop ? 128 + stop : 0;
 }

@@ -88,7 +88,7 @@ case_fault() { # RANKS SPEC PATTERN CODES...
 }
 quiet_end() { # RANKS
     [ "$(grep -c '^vitrail:' "$dir/err")" = 0 ] || fail "a stop in good order printed an error"
-    [ "$(grep -c '^clean' "$dir/mark" 2>/dev/null)" = "$1" ] || fail "not all ranks ended in good order"
+    [ "$(grep -c '^work' "$dir/mark" 2>/dev/null)" = "$1" ] && grep -q '^clean 0' "$dir/mark" || fail "not all ranks ended in good order"
 }
 case_stop() { # SIGNAL RANKS PHASE TARGET(job or rank) CODES...
     local signal=$1 ranks=$2 target=$4
