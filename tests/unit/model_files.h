@@ -21,7 +21,7 @@ struct temp {
 static inline struct temp temp_open(void)
 {
     struct temp t;
-    snprintf(t.path, sizeof t.path, "/tmp/vitrail-test-XXXXXX");
+    snprintf(t.path, sizeof t.path, "%s/vitrail-test-XXXXXX", P_tmpdir);
     if (!mkdtemp(t.path)) {
         perror("mkdtemp");
         exit(2);
