@@ -11,9 +11,10 @@
 
 int engine__configure(struct engine *e, const struct config *config)
 {
-    const char *backend = config->device == CONFIG_DEVICE_CUDA ? "cuda" : "cpu";
+    bool cuda = config->device == CONFIG_DEVICE_CUDA;
     e->private_before = plan_private_bytes();
-    return ops_open(&e->ops, backend, e->comm->local_rank, config->cpu_threads > 0 ? config->cpu_threads : 1);
+    return ops_open(&e->ops, cuda ? "cuda" : "cpu", cuda ? e->comm->local_rank : 0,
+                    config->cpu_threads > 0 ? config->cpu_threads : 1);
 }
 
 /* ---- plan ---- */
