@@ -67,8 +67,8 @@ static void test_errors(void)
     static const struct {
         const char *text, *part;
     } cases[] = {
-        {"Zm9v\n", "cut off"},
-        {"Zm9\nv", "cut off"},
+        {"Zm9v\n", "0x0a at position 4"},
+        {"Zm9\nv", "0x0a at position 3"},
         {"Zm 9", "0x20 at position 2"},
         {"Zm9-", "0x2d"},
         {"Zm9_", "0x5f"},
