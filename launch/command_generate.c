@@ -13,6 +13,7 @@
 
 /* What the callbacks and the loop share. */
 struct answer {
+    const struct tokenizer *tokenizer;
     struct request request;
     bool json;
     int rc; /* of a callback */
@@ -186,6 +187,7 @@ static int work(struct launch *launch, struct engine *engine, void *arg)
     struct answer *answer = arg;
     struct sink sink = {.arg = answer, .on_text = answer->json ? NULL : on_text, .on_done = on_done};
     bool aborted = false;
+    engine_use_tokenizer(engine, answer->tokenizer);
     TRY(engine_submit(engine, &answer->request, sink));
     for (int active = 1; active > 0;) {
         TRY(engine_step(engine, &active));
@@ -203,6 +205,7 @@ static int run(struct launch *launch)
     struct answer answer = {.json = arguments_flag(&launch->arguments, "json")};
     int rc = launch->comm->rank == 0 ? prepare(launch, &dims, &builder, &answer.request) : OK;
     rc = comm_agree(launch->comm, rc, "request");
+    if (builder) answer.tokenizer = prompt_tokenizer(builder);
     if (!rc) rc = ranks_serve(launch, work, &answer);
     request_free(&answer.request);
     prompt_close(builder);

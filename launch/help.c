@@ -15,14 +15,14 @@ static void print_row(FILE *out, const char *left, const char *text)
         column = 0;
     }
     column += fprintf(out, "%*s", NAME_COLUMNS - column, "");
-    while (*text) {
-        size_t word = strcspn(text, " ");
-        if (column > NAME_COLUMNS && column + (int)word > LINE_COLUMNS)
+    for (const char *space = ""; *text; space = " ") {
+        int word = (int)strcspn(text, " ");
+        if (*space && column + 1 + word > LINE_COLUMNS) {
             column = fprintf(out, "\n%*s", NAME_COLUMNS, "") - 1;
-        column += fprintf(out, "%.*s", (int)word, text);
-        text += word;
-        while (*text == ' ') text++;
-        if (*text) column += fprintf(out, " ");
+            space = "";
+        }
+        column += fprintf(out, "%s%.*s", space, word, text);
+        text += word + (text[word] == ' ');
     }
     fputc('\n', out);
 }
@@ -93,6 +93,8 @@ void help_print(const struct command *const *commands, const struct command *com
     print_options(out, command->options);
     fprintf(out, "\nOptions of every command:\n");
     print_options(out, common);
+    if (command->lists)
+        fprintf(out, "\n--kv-policy and --kv-budget take lists here, separated by commas: every pair is run.\n");
     fprintf(out, "\nConfiguration (the same keys stand in the YAML file, with _ for - and maps for kv-cache-...;\n"
                  "--kv-policy and --kv-budget are short for --kv-cache-policy and --kv-cache-budget):\n");
     for (int i = 0; i < n; i++) print_key(out, &keys[i]);

@@ -1,14 +1,17 @@
 /* main - vitrail COMMAND [options]: reads the command line, joins the ranks, runs the command, and is the one place
  * that prints an error: one line, by the lowest rank, with the exit code of status_exit_code. */
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "launch/launch.h"
 #include "launch/ranks.h"
 
-static const struct command *const commands[] = {&command_tokenize, &command_generate, NULL};
+static const struct command *const commands[] = {&command_plan, &command_tokenize, &command_generate, &command_batch,
+                                                 NULL};
 
 static int run(struct launch *launch)
 {
@@ -29,6 +32,17 @@ static int run(struct launch *launch)
     return command->run(launch);
 }
 
+/* Said before anything else is tried: a model that is not there is the likeliest first error. */
+static int check_model(const struct arguments *arguments)
+{
+    const char *model = arguments->config.model;
+    if (!arguments->command || !arguments->command->needs_model || arguments->help || arguments->print_config)
+        return OK;
+    if (access(model, R_OK))
+        FAIL(ERR_CONFIG, "model %s: %s; a relative path is from the working directory", model, strerror(errno));
+    return OK;
+}
+
 /* Ranks no longer stand at the same place: no orderly end can be agreed on. */
 static _Noreturn void fail_together(struct launch *launch, int rc)
 {
@@ -43,6 +57,7 @@ int main(int argc, char **argv)
     (void)signal(SIGPIPE, SIG_IGN); /* a reader that leaves is an error of a write, not the end of all ranks */
     launch.config = &launch.arguments.config;
     int rc = arguments_parse(commands, argc, argv, &launch.arguments);
+    if (!rc) rc = check_model(&launch.arguments);
     /* A command of one rank alone ends at the first Ctrl-C; several ranks end together, so one thread takes signals. */
     if (launch.arguments.command && launch.arguments.command->ranks) liveness_block_signals();
     rc = ranks_join(&launch, rc);

@@ -1,0 +1,73 @@
+/* vitrail eval - a file of questions under lists of policies and budgets: a table for people, JSON for programs. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "launch/launch.h"
+#include "launch/ranks.h"
+#include "runtime/eval.h"
+
+struct sweep {
+    struct eval_options options;
+    struct model_dims dims;
+    struct prompt_builder *builder;
+};
+
+/* Before the model is loaded: what can be known to fail is said now. */
+static int prepare(const struct launch *launch, struct sweep *sweep)
+{
+    const struct arguments *arguments = &launch->arguments;
+    struct eval_options *options = &sweep->options;
+    int64_t max_tokens = 0;
+    options->questions = arguments_text(arguments, "questions");
+    options->output = arguments_text(arguments, "output");
+    options->policies = arguments->policies;
+    options->budgets = arguments->budgets;
+    options->progress = log_enabled(LOG_INFO);
+    options->table = stdout;
+    options->liveness = launch->liveness;
+    if (!options->questions) FAIL(ERR_CONFIG, "vitrail eval needs --questions FILE");
+    TRY(arguments_int(arguments, "max-tokens", 1, 1 << 20, &max_tokens));
+    options->max_tokens = (int)max_tokens;
+    if (access(options->questions, R_OK)) FAIL(ERR_IO, "%s: cannot open: %s", options->questions, strerror(errno));
+    TRY(model_dims_load(launch->config->model, &sweep->dims));
+    return prompt_open(launch->config, &sweep->dims, &sweep->builder);
+}
+
+static int work(struct launch *launch, struct engine *engine, void *arg)
+{
+    struct sweep *sweep = arg;
+    struct eval_result result = {0};
+    (void)launch;
+    engine_use_tokenizer(engine, prompt_tokenizer(sweep->builder));
+    return eval_run(engine, sweep->builder, &sweep->options, &result);
+}
+
+static int run(struct launch *launch)
+{
+    struct sweep sweep = {.builder = NULL};
+    int rc = launch->comm->rank == 0 ? prepare(launch, &sweep) : OK;
+    rc = comm_agree(launch->comm, rc, "questions");
+    if (!rc) rc = ranks_serve(launch, work, &sweep);
+    prompt_close(sweep.builder);
+    return rc;
+}
+
+const struct command command_eval = {
+    .name = "eval",
+    .summary = "answer a file of questions under several policies and budgets, and score the answers",
+    .usage = "[mpirun -np N] vitrail eval --config F --questions q.jsonl [--kv-policy full,vl_cache] [--kv-budget "
+             "0.1,0.2] [--output r.json]",
+    .options =
+        (const struct option[]){{"questions", "FILE", false,
+                                 "{id, images, prompt, answer, ...} a line; images are relative to it; required"},
+                                {"output", "FILE", false, "write scores and answers as JSON"},
+                                {"max-tokens", "N", false, "longest answer in tokens (default: the model's)"},
+                                {NULL, NULL, false, NULL}},
+    .lists = true,
+    .needs_model = true,
+    .ranks = true,
+    .run = run,
+};
