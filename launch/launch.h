@@ -17,7 +17,8 @@ struct launch {
 
 /* Commands, one file each. A run function returns a status; main.c prints the message and makes the exit code. It is
  * called on all ranks if the command says so, else on rank 0 alone. */
-extern const struct command command_plan, command_tokenize, command_generate, command_batch, command_eval;
+extern const struct command command_plan, command_tokenize, command_generate, command_batch, command_eval,
+    command_bench;
 
 /* help_print - --help of the program (command NULL) or of one command, from the tables. */
 void help_print(const struct command *const *commands, const struct command *command, FILE *out);

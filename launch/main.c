@@ -10,8 +10,8 @@
 #include "launch/launch.h"
 #include "launch/ranks.h"
 
-static const struct command *const commands[] = {&command_plan,  &command_tokenize, &command_generate,
-                                                 &command_batch, &command_eval,     NULL};
+static const struct command *const commands[] = {
+    &command_plan, &command_tokenize, &command_generate, &command_batch, &command_eval, &command_bench, NULL};
 
 static int run(struct launch *launch)
 {

@@ -359,6 +359,28 @@ int weights_place(struct weights *w, struct arena *arena, const struct checkpoin
     return OK;
 }
 
+int64_t weights_step_elements(const struct weights *w)
+{
+    int64_t n = tensor_count(w->lm_head);
+    for (int l = 0; l < w->n_layers; l++) {
+        const struct decoder_layer *layer = &w->layers[l];
+        n += tensor_count(layer->qkv) + tensor_count(layer->o) + tensor_count(layer->gate_up) +
+             tensor_count(layer->down);
+    }
+    return n;
+}
+
+size_t weights_step_bytes(const struct weights *w)
+{
+    size_t n = tensor_bytes(w->lm_head);
+    for (int l = 0; l < w->n_layers; l++) {
+        const struct decoder_layer *layer = &w->layers[l];
+        n += tensor_bytes(layer->qkv) + tensor_bytes(layer->o) + tensor_bytes(layer->gate_up) +
+             tensor_bytes(layer->down);
+    }
+    return n;
+}
+
 /* ---- loading ---- */
 
 struct load {

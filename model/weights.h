@@ -58,6 +58,10 @@ int weights_check(const struct weights *weights, const struct checkpoint *checkp
 int weights_place(struct weights *weights, struct arena *arena, const struct checkpoint *checkpoint, enum dtype dtype,
                   enum dtype activation) MUST_CHECK;
 
+/* weights_step_bytes, weights_step_elements - matrices that every decode step reads once: all layers and the head. */
+size_t weights_step_bytes(const struct weights *weights);
+int64_t weights_step_elements(const struct weights *weights);
+
 /* What a load reports as it goes; called a few times a second. */
 struct load_progress {
     void *arg;

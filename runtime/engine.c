@@ -112,12 +112,46 @@ int engine_step(struct engine *e, int *active)
 
 int engine_abort_all(struct engine *e) { return scheduler_abort_all(e->scheduler); }
 
+/* Every rank measures at the same time and the sums come out on all. */
+static int measure(struct engine *e, struct engine_floor *out)
+{
+    const struct weights *w = model_weights(e->resources.model);
+    struct engine_floor mine = {.weight_bytes = weights_step_bytes(w), .weight_elements = weights_step_elements(w)};
+    struct engine_floor *all = calloc((size_t)e->comm->size, sizeof *all);
+    if (!all) FAIL(ERR_NOMEM, "engine: out of host memory");
+    int rc = comm_barrier(e->comm);
+    if (!rc) rc = ops_ceilings(&e->ops, mine.weight_bytes, &mine.sum);
+    if (!rc) rc = comm_all_gather_host(e->comm, all, &mine, sizeof mine);
+    *out = (struct engine_floor){.kv_token_bytes = resources_token_bytes(&e->resources.dims, e->ops.dtype)};
+    for (int r = 0; r < e->comm->size && !rc; r++) {
+        out->sum.gemm_tflops += all[r].sum.gemm_tflops;
+        out->sum.gemv_gbs += all[r].sum.gemv_gbs;
+        out->sum.copy_gbs += all[r].sum.copy_gbs;
+        out->weight_bytes += all[r].weight_bytes;
+        out->weight_elements += all[r].weight_elements;
+    }
+    free(all);
+    return rc;
+}
+
+int engine_ceilings(struct engine *e, struct engine_floor *out)
+{
+    e->message.head = (struct step_head){.kind = STEP_CEILINGS};
+    TRY(exchange(e));
+    return measure(e, out);
+}
+
 int engine_follow(struct engine *e)
 {
     struct step_view v;
     for (;;) {
         TRY(exchange(e));
         if (e->message.head.kind == STEP_STOP) return OK;
+        if (e->message.head.kind == STEP_CEILINGS) {
+            struct engine_floor floor;
+            TRY(measure(e, &floor));
+            continue;
+        }
         if (e->message.head.kind == STEP_SET_POLICY) {
             TRY(step_read(&e->message, e->limits.image_bytes, &v));
             TRY(resources_set_policy(&e->resources, v.policy));

@@ -29,7 +29,8 @@ const struct model_dims *engine_dims(const struct engine *engine);
 const struct config *engine_config(const struct engine *engine); /* limits resolved */
 int engine_max_prompt_tokens(const struct engine *engine); /* longest prompt that can be admitted, generation aside */
 
-/* engine_use_tokenizer - rank 0, before the first submit: turns tokens into text; must outlive the engine. */
+/* engine_use_tokenizer - rank 0, before the first submit: turns tokens into text; must outlive the engine. Without one
+ * completions have ids and no text. */
 void engine_use_tokenizer(struct engine *engine, const struct tokenizer *tokenizer);
 
 /* engine_submit - rank 0: queues a request and takes what it owns (the struct is zeroed). Errors: ERR_FULL when
@@ -51,6 +52,17 @@ int engine_stop(struct engine *engine) MUST_CHECK;
 /* engine_set_policy - collective between runs with nothing active (rank 0 calls, followers obey): another policy or
  * budget over the same weights, for eval and bench. ERR_NOMEM if its state exceeds what was planned. */
 int engine_set_policy(struct engine *engine, const struct policy_config *config) MUST_CHECK;
+
+/* engine_ceilings - rank 0 calls, followers obey, nothing active: what all ranks' devices do at the same time, summed;
+ * and what a step costs at least: bytes of weights that a decode step reads on all ranks, and matrix elements (a prompt
+ * token takes two operations each). For bench. */
+struct engine_floor {
+    struct ops_ceilings sum;
+    size_t weight_bytes;
+    int64_t weight_elements;
+    int64_t kv_token_bytes; /* K and V of one token, all layers and ranks */
+};
+int engine_ceilings(struct engine *engine, struct engine_floor *out) MUST_CHECK;
 
 /* Counters since the open, for bench and eval. */
 struct engine_counters {

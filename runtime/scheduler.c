@@ -140,7 +140,6 @@ static int check_request(const struct scheduler *s, const struct request *r, int
 int scheduler_submit(struct scheduler *s, struct request *request, struct sink sink, int judging)
 {
     int capacity = s->config->max_queued;
-    if (!s->tokenizer) FAIL(ERR_BUG, "scheduler: a request before engine_use_tokenizer");
     TRY(check_request(s, request, judging));
     if (s->n_queued == capacity) FAIL(ERR_FULL, "%d requests wait already (max_queued)", capacity);
     struct sequence *q = &s->queue[(s->queue_first + s->n_queued) % capacity];

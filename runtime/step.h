@@ -10,7 +10,7 @@
 #include "kernels/ops.h"
 #include "kvcache/policy.h"
 
-enum step_kind { STEP_RUN, STEP_SET_POLICY, STEP_STOP };
+enum step_kind { STEP_RUN, STEP_SET_POLICY, STEP_CEILINGS, STEP_STOP };
 
 struct step_head {
     uint64_t number;

@@ -6,7 +6,8 @@
 int text_stream_begin(struct text_stream *s, const struct tokenizer *tokenizer, const struct request *request)
 {
     memset(s, 0, sizeof *s);
-    token_stream_init(&s->tokens, tokenizer, true);
+    if (tokenizer) token_stream_init(&s->tokens, tokenizer, true);
+    s->has_text = tokenizer != NULL;
     s->request = request;
     s->capacity = 1024;
     s->text = malloc(s->capacity);
@@ -56,6 +57,7 @@ static bool cut_at_stop(struct text_stream *s, size_t new_bytes)
 int text_stream_push(struct text_stream *s, int32_t id, bool *stopped)
 {
     *stopped = false;
+    if (!s->has_text) return OK;
     TRY(make_room(s, TOKEN_STREAM_BYTES + 1));
     size_t n = token_stream_push(&s->tokens, id, s->text + s->size);
     s->size += n;
@@ -66,6 +68,7 @@ int text_stream_push(struct text_stream *s, int32_t id, bool *stopped)
 
 int text_stream_finish(struct text_stream *s)
 {
+    if (!s->has_text) return OK;
     TRY(make_room(s, TOKEN_STREAM_BYTES + 1));
     s->size += token_stream_finish(&s->tokens, s->text + s->size);
     s->text[s->size] = 0;

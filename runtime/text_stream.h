@@ -11,13 +11,15 @@
 
 struct text_stream {
     struct token_stream tokens;
+    bool has_text;                 /* false without a tokenizer: the text stays empty */
     const struct request *request; /* its stop strings */
     char *text;                    /* all text so far, malloc'd; NUL-terminated */
     size_t size, capacity;
     size_t shown; /* bytes already given to the sink */
 };
 
-/* text_stream_begin - for a request whose stop strings stay valid. text_stream_end frees. */
+/* text_stream_begin - for a request whose stop strings stay valid; tokenizer NULL: no text (bench). text_stream_end
+ * frees. */
 int text_stream_begin(struct text_stream *stream, const struct tokenizer *tokenizer,
                       const struct request *request) MUST_CHECK;
 void text_stream_end(struct text_stream *stream);
