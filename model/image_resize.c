@@ -16,9 +16,10 @@ enum { WEIGHT_BITS = 22 };
 
 /* One dimension: output i is the weighted sum of inputs first[i] .. first[i] + n[i]. */
 struct taps {
-    size_t pitch; /* weights reserved for each output */
-    int *first, *n;
-    int32_t *weights; /* [outputs, pitch] */
+    size_t pitch;     /* weights reserved for each output */
+    int32_t *first;   /* [outputs]; owns the memory of all three */
+    const int32_t *n; /* [outputs] */
+    int32_t *weights; /* [outputs, pitch]; NULL: the size stays, there is nothing to sum */
 };
 
 static double box(double x) { return x > -0.5 && x <= 0.5 ? 1 : 0; }
@@ -68,53 +69,48 @@ static const struct filter {
 static void taps_free(struct taps *taps)
 {
     free(taps->first);
-    free(taps->n);
-    free(taps->weights);
     *taps = (struct taps){0};
 }
 
-static int taps_alloc(struct taps *taps, size_t n_out, size_t pitch)
+/* n weights of one output whose centre is at `center` of the input, in units of 2^-22. */
+static void make_weights(const struct filter *filter, double center, double widen, int first, int n, double *exact,
+                         int32_t *weights)
 {
-    size_t n_weights, bytes;
-    if (size_mul(n_out, pitch, &n_weights) || size_mul(n_weights, sizeof(int32_t), &bytes))
-        FAIL(ERR_NOMEM, "image resize: %zu x %zu weights are too many", n_out, pitch);
-    *taps = (struct taps){.pitch = pitch};
-    taps->first = malloc(n_out * sizeof *taps->first);
-    taps->n = malloc(n_out * sizeof *taps->n);
-    taps->weights = malloc(bytes);
-    if (taps->first && taps->n && taps->weights) return OK;
-    taps_free(taps);
-    FAIL(ERR_NOMEM, "image resize: no memory for %zu bytes of weights", bytes);
+    double sum = 0;
+    for (int k = 0; k < n; k++) {
+        exact[k] = filter->weight((k + first - center + 0.5) * (1 / widen));
+        sum += exact[k];
+    }
+    for (int k = 0; k < n; k++) {
+        double weight = (sum != 0 ? exact[k] / sum : exact[k]) * (1 << WEIGHT_BITS);
+        weights[k] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
+    }
 }
 
 /* Taps of outputs begin .. begin + n_out of a dimension resized from `from` to `to` pixels. */
 static int taps_make(struct taps *taps, const struct filter *filter, int from, int to, int begin, int n_out)
 {
     double scale = (double)from / to, widen = scale > 1 ? scale : 1, support = filter->support * widen;
-    size_t pitch = (size_t)ceil(support) * 2 + 1;
+    size_t pitch = (size_t)ceil(support) * 2 + 1, bytes;
+    if (size_mul((size_t)n_out * sizeof(int32_t), pitch + 2, &bytes))
+        FAIL(ERR_NOMEM, "image resize: %d x %zu weights are too many", n_out, pitch);
     double *exact = malloc(pitch * sizeof *exact);
-    if (!exact) FAIL(ERR_NOMEM, "image resize: no memory for %zu weights", pitch);
-    int rc = taps_alloc(taps, (size_t)n_out, pitch);
-    for (int i = 0; !rc && i < n_out; i++) {
-        double center = (begin + i + 0.5) * scale, sum = 0;
-        int first = (int)(center - support + 0.5), last = (int)(center + support + 0.5);
-        if (first < 0) first = 0;
-        if (last > from) last = from;
-        int n = last - first;
-        for (int k = 0; k < n; k++) {
-            exact[k] = filter->weight((k + first - center + 0.5) * (1 / widen));
-            sum += exact[k];
-        }
-        int32_t *weights = taps->weights + (size_t)i * pitch;
-        for (int k = 0; k < n; k++) {
-            double weight = (sum != 0 ? exact[k] / sum : exact[k]) * (1 << WEIGHT_BITS);
-            weights[k] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
-        }
-        taps->first[i] = first;
-        taps->n[i] = n;
+    int32_t *first = malloc(bytes), *n = first + n_out;
+    if (!exact || !first) {
+        free(exact);
+        free(first);
+        FAIL(ERR_NOMEM, "image resize: no memory for %zu bytes of weights", bytes);
+    }
+    *taps = (struct taps){.pitch = pitch, .first = first, .n = n, .weights = n + n_out};
+    for (int i = 0; i < n_out; i++) {
+        double center = (begin + i + 0.5) * scale;
+        int low = (int)(center - support + 0.5), high = (int)(center + support + 0.5);
+        first[i] = low > 0 ? low : 0;
+        n[i] = (high < from ? high : from) - first[i];
+        make_weights(filter, center, widen, first[i], n[i], exact, taps->weights + (size_t)i * pitch);
     }
     free(exact);
-    return rc;
+    return OK;
 }
 
 static inline uint8_t clip(int32_t sum)
@@ -235,8 +231,8 @@ static void nearest_indices(int from, int to, int begin, int n, int *out)
 
 static int resize_nearest(const struct image__canvas *canvas, int width, int height, const struct image__region *region)
 {
-    int *columns = malloc((size_t)region->width * sizeof *columns);
-    int *rows = malloc((size_t)region->height * sizeof *rows);
+    int *columns = calloc((size_t)region->width, sizeof *columns);
+    int *rows = calloc((size_t)region->height, sizeof *rows);
     uint8_t *scratch = malloc((size_t)canvas->width * 3);
     int rc = OK;
     if (columns && rows && scratch) {

@@ -25,7 +25,7 @@ const char *image_source_name(const char *url, char buf[IMAGE_SOURCE_NAME_MAX])
     bool is_cut = n > shown;
     if (is_cut) n = shown;
     for (size_t i = 0; i < n; i++) buf[i] = (char)(url[i] >= 0x20 && url[i] < 0x7f ? url[i] : '?');
-    strcpy(buf + n, is_cut ? "..." : "");
+    memcpy(buf + n, is_cut ? "..." : "", is_cut ? 4 : 1);
     return buf;
 }
 
@@ -153,7 +153,7 @@ static int open_below(int dir, char *path, const char *name, int *out)
 
 static int open_allowed(const char *path, const char *allowed_dir, const char *name, int *fd)
 {
-    char wanted[PATH_MAX], given[PATH_MAX], real[PATH_MAX], relative[PATH_MAX];
+    char wanted[PATH_MAX] = "", given[PATH_MAX] = "", real[PATH_MAX], relative[PATH_MAX];
     TRY(clean_path(path, name, wanted));
     TRY(clean_path(allowed_dir, name, given));
     /* The directory may be known by a path through links, too: either way of writing it is fine. */
@@ -190,8 +190,8 @@ static int read_descriptor(int fd, const char *name, const struct image_limits *
 static int read_file(const char *rest, const char *name, const char *allowed_dir, const struct image_limits *limits,
                      uint8_t **bytes, size_t *size)
 {
-    char path[PATH_MAX];
-    int fd;
+    char path[PATH_MAX] = "";
+    int fd = -1;
     if (!allowed_dir || !*allowed_dir)
         FAIL(ERR_REQUEST, "%s: file: URLs are switched off; set allowed_local_media_path or pass a data: URL", name);
     TRY(url_path(rest, name, path));

@@ -61,6 +61,7 @@ static void check_pixels(const char *name, struct file file, const char *line)
     uint64_t hash;
     char samples[2 * N_SAMPLES + 1];
     struct image image = {0};
+    /* NOLINTNEXTLINE(cert-err34-c): our own table */
     int n = sscanf(line, "%*s %d %d %" SCNx64 " %64s", &width, &height, &hash, samples);
     CHECK(n == 4);
     CHECK_OK(image_decode(file.bytes, file.size, name, NULL, &image));
@@ -103,12 +104,14 @@ static void check_corruptions(const char *name, struct file file, const char *li
 {
     (void)line;
     int n_accepted = 0;
+    struct image_limits limits = image_limits_default(); /* a wrong size byte must not cost seconds */
+    limits.max_pixels = 1 << 16;
     bool is_png = strstr(name, ".png") != NULL;
     for (size_t i = 0; i < file.size; i++) {
         struct image image = {0};
         char kept = file.bytes[i];
         file.bytes[i] = (char)(kept ^ (i % 2 ? 0x10 : 0xff));
-        int rc = image_decode(file.bytes, file.size, name, NULL, &image);
+        int rc = image_decode(file.bytes, file.size, name, &limits, &image);
         n_accepted += rc == OK;
         image_free(&image);
         file.bytes[i] = kept;
@@ -185,7 +188,7 @@ static struct file jpeg_of_size(const char *name, uint32_t width, uint32_t heigh
         file.bytes[i + 8] = (char)width;
         return file;
     }
-    CHECK(!"no frame header");
+    CU_FAIL("no frame header");
     return file;
 }
 

@@ -14,41 +14,29 @@ struct tree {
     char base[PATH_MAX], allowed[PATH_MAX + 16];
 };
 
-static void write_file(const char *dir, const char *name, const char *text)
+static void write_file(const char *path, const char *text)
 {
-    char path[PATH_MAX + 64];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
     FILE *f = fopen(path, "w");
-    fputs(text, f);
-    fclose(f);
+    CHECK(f && fputs(text, f) >= 0 && !fclose(f));
 }
 
 static void make_tree(struct tree *tree)
 {
-    char made[] = P_tmpdir "/vitrail-images-XXXXXX", path[PATH_MAX + 64];
+    char made[] = P_tmpdir "/vitrail-images-XXXXXX", before[PATH_MAX];
     CHECK(mkdtemp(made) && realpath(made, tree->base));
     snprintf(tree->allowed, sizeof tree->allowed, "%s/allowed", tree->base);
-    CHECK(!mkdir(tree->allowed, 0700));
-    snprintf(path, sizeof path, "%s/sub", tree->allowed);
-    CHECK(!mkdir(path, 0700));
-    write_file(path, "d.png", "deep");
-    snprintf(path, sizeof path, "%s/allowed-not", tree->base);
-    CHECK(!mkdir(path, 0700));
-    write_file(path, "e.png", "elsewhere");
-    write_file(tree->base, "secret.png", "secret");
-    write_file(tree->allowed, "a.png", "plain");
-    write_file(tree->allowed, "b c%.png", "odd name");
-    write_file(tree->allowed, "empty.png", "");
-    snprintf(path, sizeof path, "%s/out", tree->allowed);
-    CHECK(!symlink("../secret.png", path));
-    snprintf(path, sizeof path, "%s/dir", tree->allowed);
-    CHECK(!symlink("..", path));
-    snprintf(path, sizeof path, "%s/inside", tree->allowed);
-    CHECK(!symlink("a.png", path));
-    snprintf(path, sizeof path, "%s/fifo", tree->allowed);
-    CHECK(!mkfifo(path, 0600));
-    snprintf(path, sizeof path, "%s/link", tree->base);
-    CHECK(!symlink("allowed", path));
+    CHECK(getcwd(before, sizeof before) && !chdir(tree->base));
+    CHECK(!mkdir("allowed", 0700) && !mkdir("allowed/sub", 0700) && !mkdir("allowed-not", 0700));
+    write_file("allowed/sub/d.png", "deep");
+    write_file("allowed-not/e.png", "elsewhere");
+    write_file("secret.png", "secret");
+    write_file("allowed/a.png", "plain");
+    write_file("allowed/b c%.png", "odd name");
+    write_file("allowed/empty.png", "");
+    CHECK(!symlink("../secret.png", "allowed/out") && !symlink("..", "allowed/dir"));
+    CHECK(!symlink("a.png", "allowed/inside") && !symlink("allowed", "link"));
+    CHECK(!mkfifo("allowed/fifo", 0600));
+    CHECK(!chdir(before));
 }
 
 static void remove_tree(const struct tree *tree)
@@ -91,9 +79,10 @@ static void test_data(void)
     check_refused("data:image/png;base64", NULL, ERR_REQUEST, "comma");
     check_refused("data:image/png;base64,aGVs bG8=", NULL, ERR_FORMAT, "data:image/png;base64: base64: byte 0x20");
     check_refused("data:image/png;base64,a", NULL, ERR_FORMAT, "cut off");
-    char url[600] = "data:image/png;x=";
-    memset(url + strlen(url), 'y', 500);
-    check_refused(strcat(url, ";base64,aGVs"), NULL, ERR_REQUEST, "characters before the data");
+    char url[600], filler[500];
+    memset(filler, 'y', sizeof filler);
+    snprintf(url, sizeof url, "data:image/png;x=%.*s;base64,aGVs", (int)sizeof filler, filler);
+    check_refused(url, NULL, ERR_REQUEST, "characters before the data");
 
     uint8_t *bytes = NULL;
     size_t size;
