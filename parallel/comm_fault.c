@@ -35,7 +35,7 @@ static int strike(struct comm *c)
 {
     struct fault *f = c->impl;
     if (f->rank >= 0 && f->rank != c->rank) return OK;
-    if (f->phase[0] && strcmp(f->phase, c->phase)) return OK;
+    if (f->phase[0] && strcmp(f->phase, c->phase) != 0) return OK;
     f->seen++;
     if (f->action == ACTION_DELAY ? f->seen < f->call : f->seen != f->call) return OK;
     switch (f->action) {
@@ -166,7 +166,8 @@ static int parse_item(struct fault *f, const char *spec, char *item)
         f->call = (uint64_t)number;
         return OK;
     }
-    if (strcmp(item, "phase")) FAIL(ERR_CONFIG, "fault '%s': '%s' is none of rank, call, phase, action", spec, item);
+    if (strcmp(item, "phase") != 0)
+        FAIL(ERR_CONFIG, "fault '%s': '%s' is none of rank, call, phase, action", spec, item);
     snprintf(f->phase, sizeof f->phase, "%s", value);
     return OK;
 }

@@ -72,6 +72,7 @@ int liveness_open(struct comm *c, const struct liveness_options *options, struct
     int rc = l && sight ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for %zu heartbeats", slots);
     TRY_GOTO(comm_agree(c, rc, "start"), rc, failed);
     TRY_GOTO(segment_open(c, sizeof(struct segment) + slots * sizeof(struct slot), "heartbeats", &segment), rc, failed);
+    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): without l the agreement failed */
     *l = (struct liveness){.comm = c,
                            .segment = segment,
                            .options = *options,
@@ -149,7 +150,8 @@ void liveness_leave(struct liveness *l)
     if (!l) return;
     atomic_store_explicit(&l->segment->slot[l->me].state, SLOT_LEFT, memory_order_release);
     atomic_store_explicit(&l->leaving, true, memory_order_release);
-    pthread_kill(l->thread, SIGTERM); /* only to wake it: it looks at `leaving` first */
+    /* Only to wake it: the signal is blocked there, and it looks at `leaving` first. */
+    pthread_kill(l->thread, SIGTERM); // NOLINT(bugprone-bad-signal-to-kill-thread)
     pthread_join(l->thread, NULL);
     if (l->me > 0 && liveness_stop_requested(l)) let_first_rank_end(l);
     free(l->sight);

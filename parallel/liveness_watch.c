@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,11 +38,11 @@ bool liveness__process(pid_t pid, unsigned long long start_time, unsigned long l
     if (n <= 0) return kill(pid, 0) == 0 || errno != ESRCH;
     text[n] = '\0';
     /* The second field is the name in brackets and may hold anything; state is field 3, start time field 22. */
-    char *at = strrchr(text, ')'), state = 0;
-    unsigned long long start = 0;
-    if (!at || sscanf(at + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
-                      &state, &start) != 2)
-        return kill(pid, 0) == 0 || errno != ESRCH;
+    const char *at = strrchr(text, ')');
+    char state = at && at[1] ? at[2] : '\0';
+    for (int field = 2; at && field < 22; field++) at = strchr(at + 1, ' ');
+    if (!at) return kill(pid, 0) == 0 || errno != ESRCH;
+    unsigned long long start = strtoull(at, NULL, 10);
     if (found) *found = start;
     return state != 'Z' && state != 'X' && (!start_time || start == start_time);
 }

@@ -23,6 +23,13 @@ static float sample(int rank, int64_t i)
     return ldexpf((float)(int32_t)x, (int)(x % 41) - 40);
 }
 
+static uint32_t bits(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
 static const int64_t counts[] = {1,    2,     3,     5,     7,     64,     257,         1000,
                                  4096, 16383, 16384, 16385, 40001, 262147, LARGEST - 1, LARGEST};
 enum { N_COUNTS = sizeof counts / sizeof *counts };
@@ -38,7 +45,7 @@ static void test_all_reduce_f32(void)
         for (int64_t i = 0; i < counts[k]; i++) {
             float want = sample(0, i);
             for (int r = 1; r < comm->size; r++) want += sample(r, i);
-            wrong += memcmp(&want, &x[i], sizeof want) != 0;
+            wrong += bits(want) != bits(x[i]);
         }
         CHECK(wrong == 0);
     }
@@ -64,12 +71,12 @@ static void test_all_reduce_i64(void)
 /* Longer than one piece: what is left over goes by the small path. */
 static void test_all_reduce_in_pieces(void)
 {
-    int64_t n = (4 << 20) / 4 * 2 + 3, wrong = 0;
+    int64_t n = (4 << 20) / 4 * 2 + 3, wrong = 0, ranks = comm->size * (comm->size - 1) / 2;
     float *x = malloc((size_t)n * sizeof *x);
     CHECK_OK(comm_reserve(comm, (size_t)n * sizeof *x));
     for (int64_t i = 0; i < n; i++) x[i] = (float)(i % 1000 + comm->rank);
     CHECK_OK(comm_all_reduce_sum(comm, tensor_1d(x, DTYPE_F32, n), NULL));
-    for (int64_t i = 0; i < n; i++) wrong += x[i] != (float)(i % 1000 * comm->size + comm->size * (comm->size - 1) / 2);
+    for (int64_t i = 0; i < n; i++) wrong += x[i] != (float)(i % 1000 * comm->size + ranks);
     CHECK(wrong == 0);
     free(x);
 }

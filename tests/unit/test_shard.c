@@ -144,7 +144,7 @@ static void test_oracle_plans(void)
     const cJSON *entry, *split;
     int compared = 0;
     cJSON_ArrayForEach (entry, cJSON_GetObjectItem(file, "cases")) {
-        if (strcmp(cJSON_GetObjectItem(entry, "kind")->valuestring, "ranks")) continue;
+        if (strcmp(cJSON_GetObjectItem(entry, "kind")->valuestring, "ranks") != 0) continue;
         /* On one rank all heads are held: that is how the case tells their number. */
         const cJSON *splits = cJSON_GetObjectItem(entry, "splits");
         const cJSON *whole = cJSON_GetObjectItem(cJSON_GetArrayItem(splits, 0), "ranks");
