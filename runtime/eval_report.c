@@ -1,0 +1,183 @@
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "runtime/eval_internal.h"
+#include "runtime/output.h"
+
+/* ---- for people ---- */
+
+static const char *share(int n, int of, char *buf, size_t size)
+{
+    if (n < 0 || !of)
+        snprintf(buf, size, "-");
+    else
+        snprintf(buf, size, "%d/%d", n, of);
+    return buf;
+}
+
+static double mib(int64_t bytes) { return (double)bytes / (1 << 20); }
+
+static void print_mismatches(FILE *to, const struct eval_questions *questions, const struct eval_one_run *run)
+{
+    for (int i = 0; i < questions->n; i++) {
+        const struct eval_question *q = &questions->question[i];
+        int at = q->model_tokens ? eval__first_difference(q, &run->answer[i]) : -1;
+        if (at < 0) continue;
+        fprintf(to, "  %s: unlike the reference from token %d on", q->id, at);
+        if (q->min_margin >= 0)
+            fprintf(to, "; smallest logit margin of the reference %g%s", q->min_margin,
+                    q->min_margin < EVAL_TIE_MARGIN ? ", a tie" : "");
+        fprintf(to, "\n");
+    }
+}
+
+void eval__print(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
+{
+    char budget[32], exact[32], full[32], reference[32];
+    fprintf(to, "%-14s %8s %10s %8s %10s %11s %12s %12s %7s %8s %9s\n", "policy", "budget", "exact", "token F1",
+            "as full", "as reference", "KV full MiB", "KV kept MiB", "kept", "seconds", "tokens/s");
+    for (int i = 0; i < n_runs; i++) {
+        const struct eval_one_run *r = &runs[i];
+        const struct eval_scores *s = &r->scores;
+        double kept = s->bytes_full ? 100.0 * (double)s->bytes_kept / (double)s->bytes_full : 0;
+        fprintf(to, "%-14s %8s %10s %8.3f %10s %12s %12.1f %12.1f %6.1f%% %8.1f %9.1f\n", r->config.policy,
+                kv_budget_print(r->config.budget, budget, sizeof budget),
+                share(s->n_exact, questions->n, exact, sizeof exact), s->token_f1,
+                share(s->n_like_full, questions->n, full, sizeof full),
+                share(s->n_like_reference, s->n_reference, reference, sizeof reference), mib(s->bytes_full),
+                mib(s->bytes_kept), kept, r->seconds, r->seconds > 0 ? (double)s->generated_tokens / r->seconds : 0.0);
+    }
+    for (int i = 0; i < n_runs; i++)
+        if (eval__is_full(&runs[i])) print_mismatches(to, questions, &runs[i]);
+    fflush(to);
+}
+
+/* ---- for programs ---- */
+
+static void put_name(struct output_buffer *b, const char *key, const char *value)
+{
+    output_printf(b, "\"%s\":", key);
+    output_string(b, value, strlen(value));
+    output_printf(b, ",");
+}
+
+static void put_policy(struct output_buffer *b, const struct policy_config *config)
+{
+    char budget[32];
+    const char *quote = config->budget.tokens ? "\"" : "";
+    put_name(b, "policy", config->policy);
+    output_printf(b, "\"budget\":%s%s%s,", quote, kv_budget_print(config->budget, budget, sizeof budget), quote);
+}
+
+static void put_mismatches(struct output_buffer *b, const struct eval_questions *questions,
+                           const struct eval_one_run *run)
+{
+    const char *comma = "";
+    output_printf(b, "\"unlike_reference\":[");
+    for (int i = 0; i < questions->n; i++) {
+        const struct eval_question *q = &questions->question[i];
+        int at = q->model_tokens ? eval__first_difference(q, &run->answer[i]) : -1;
+        if (at < 0) continue;
+        output_printf(b, "%s{", comma);
+        put_name(b, "id", q->id);
+        output_printf(b, "\"first_difference\":%d,\"min_margin\":", at);
+        if (q->min_margin >= 0)
+            output_printf(b, "%.9g,\"tie\":%s}", q->min_margin, q->min_margin < EVAL_TIE_MARGIN ? "true" : "false");
+        else
+            output_printf(b, "null,\"tie\":false}");
+        comma = ",";
+    }
+    output_printf(b, "]");
+}
+
+static void put_share(struct output_buffer *b, const char *key, int n, int of)
+{
+    if (n < 0 || !of)
+        output_printf(b, "\"%s\":null,", key);
+    else
+        output_printf(b, "\"%s\":%.9g,", key, (double)n / of);
+}
+
+static void put_run(struct output_buffer *b, const struct config *config, const struct eval_questions *questions,
+                    const struct eval_one_run *run)
+{
+    const struct eval_scores *s = &run->scores;
+    char *dtype = config_value(config, config_find("kv_cache.dtype"));
+    output_printf(b, "{");
+    put_policy(b, &run->config);
+    put_name(b, "dtype", dtype ? dtype : "");
+    free(dtype);
+    output_printf(b, "\"n\":%d,\"exact_match\":%.9g,\"token_f1\":%.9g,", questions->n, s->exact_match, s->token_f1);
+    put_share(b, "same_as_full", s->n_like_full, questions->n);
+    put_share(b, "same_as_reference", s->n_like_reference, s->n_reference);
+    output_printf(b,
+                  "\"n_reference\":%d,\"bytes_full\":%" PRId64 ",\"bytes_kept\":%" PRId64 ",\"kept_share\":%.9g,"
+                  "\"prompt_tokens\":%" PRId64 ",\"generated_tokens\":%" PRId64 ",\"seconds\":%.3f,",
+                  s->n_reference, s->bytes_full, s->bytes_kept,
+                  s->bytes_full ? (double)s->bytes_kept / (double)s->bytes_full : 0.0, s->prompt_tokens,
+                  s->generated_tokens, run->seconds);
+    put_mismatches(b, questions, run);
+    output_printf(b, "}");
+}
+
+static void put_items(struct output_buffer *b, const struct eval_questions *questions, const struct eval_one_run *run)
+{
+    for (int i = 0; i < questions->n; i++) {
+        const struct eval_question *q = &questions->question[i];
+        const struct eval_answer *a = &run->answer[i];
+        output_printf(b, "%s\n{", i ? "," : "");
+        put_name(b, "id", q->id);
+        put_policy(b, &run->config);
+        output_printf(b, "\"text\":");
+        output_string(b, a->text, a->text_size);
+        output_printf(b, ",\"tokens\":[");
+        for (int k = 0; k < a->n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->tokens[k]);
+        output_printf(b, "],\"correct\":%s}", eval__correct(q, a) ? "true" : "false");
+    }
+}
+
+/* Written beside its place and renamed into it, so that a reader never sees a part. */
+static int put_in_place(const char *path, const struct output_buffer *b)
+{
+    char beside[4200];
+    int n = snprintf(beside, sizeof beside, "%s.part", path);
+    if (n < 0 || (size_t)n >= sizeof beside) FAIL(ERR_CONFIG, "%s: the name is too long", path);
+    FILE *f = fopen(beside, "we");
+    if (!f) FAIL(ERR_IO, "%s: cannot open for writing: %s", beside, strerror(errno));
+    bool good = fwrite(b->text, 1, b->size, f) == b->size;
+    good = !fflush(f) && !fsync(fileno(f)) && good;
+    good = !fclose(f) && good;
+    if (!good || rename(beside, path)) {
+        int error = errno;
+        unlink(beside);
+        FAIL(ERR_IO, "%s: cannot be written: %s", path, strerror(error));
+    }
+    return OK;
+}
+
+int eval__write(const char *path, const struct config *config, const struct eval_options *options,
+                const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
+{
+    struct output_buffer b = {0};
+    output_printf(&b, "{");
+    put_name(&b, "model", config->model);
+    put_name(&b, "questions", options->questions);
+    output_printf(&b, "\"runs\":[");
+    for (int i = 0; i < n_runs; i++) {
+        output_printf(&b, "%s\n", i ? "," : "");
+        put_run(&b, config, questions, &runs[i]);
+    }
+    output_printf(&b, "],\"items\":[");
+    for (int i = 0; i < n_runs; i++) {
+        if (i) output_printf(&b, ",");
+        put_items(&b, questions, &runs[i]);
+    }
+    output_printf(&b, "]}\n");
+    int rc = output_check(&b);
+    if (!rc) rc = put_in_place(path, &b);
+    output_free(&b);
+    return rc;
+}
