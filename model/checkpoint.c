@@ -327,13 +327,14 @@ static int open_gguf(struct checkpoint *c)
 int checkpoint_open(const char *model_path, struct checkpoint **out)
 {
     struct checkpoint *c = calloc(1, sizeof *c);
-    int rc = OK;
-    if (c) {
-        c->path = strdup(model_path);
-        c->bounce = malloc(BOUNCE_BYTES);
+    if (!c) FAIL(ERR_NOMEM, "%s: out of memory", model_path);
+    c->path = strdup(model_path);
+    c->bounce = malloc(BOUNCE_BYTES);
+    if (!c->path || !c->bounce) {
+        checkpoint_close(c);
+        FAIL(ERR_NOMEM, "%s: out of memory", model_path);
     }
-    if (!c || !c->path || !c->bounce) rc = status_set(ERR_NOMEM, __FILE__, __LINE__, "%s: out of memory", model_path);
-    if (!rc) rc = model_dims_is_gguf(model_path) ? open_gguf(c) : open_directory(c);
+    int rc = model_dims_is_gguf(model_path) ? open_gguf(c) : open_directory(c);
     if (rc) {
         checkpoint_close(c);
         return rc;

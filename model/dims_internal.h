@@ -2,6 +2,8 @@
 #ifndef VITRAIL_MODEL_DIMS_INTERNAL_H
 #define VITRAIL_MODEL_DIMS_INTERNAL_H
 
+#include <cjson/cJSON.h>
+
 #include "model/dims.h"
 
 /* Limits of numbers in files; far above any model, far below what could overflow an int in a product of two. */
@@ -18,10 +20,9 @@ enum {
 /* dims__load_config - from a directory's config.json and generation_config.json into zeroed *out. */
 int dims__load_config(const char *directory, struct model_dims *out) MUST_CHECK;
 
-/* dims__load_vision - vision_config and the projector's keys of a llava config into out->vision. `what` names the
- * file; text dims are already there. `config` is a const cJSON *. */
-struct cJSON;
-int dims__load_vision(const struct cJSON *config, const char *what, struct model_dims *out) MUST_CHECK;
+/* dims__load_vision - vision_config and the projector's keys of a llava config into out->vision. `path` names the
+ * file; text dims are already there. */
+int dims__load_vision(const cJSON *config, const char *path, struct model_dims *out) MUST_CHECK;
 
 /* dims__load_gguf - from the metadata of a GGUF file into zeroed *out. */
 int dims__load_gguf(const char *path, struct model_dims *out) MUST_CHECK;

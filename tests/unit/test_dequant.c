@@ -2,7 +2,7 @@
 #include "model/dequant.h"
 
 #include "base/file.h"
-#include "check.h"
+#include "tests/check.h"
 
 static const enum storage_type types[] = {STORAGE_F16,  STORAGE_BF16, STORAGE_Q8_0, STORAGE_Q4_0, STORAGE_Q4_1,
                                           STORAGE_Q5_0, STORAGE_Q5_1, STORAGE_Q4_K, STORAGE_Q5_K, STORAGE_Q6_K};
@@ -84,11 +84,31 @@ static void test_f32(void)
     CHECK(dequant_is_dtype(STORAGE_F16, DTYPE_F16) && !dequant_is_dtype(STORAGE_F16, DTYPE_BF16));
 }
 
+/* The vectorised narrowing equals base's, over the whole range of bit patterns. */
+static void test_sweep(void)
+{
+    enum { N = 4096 };
+    int64_t differ = 0;
+    for (uint64_t bits = 0; bits < UINT64_C(1) << 32;) {
+        float in[N];
+        uint16_t half[N], bfloat[N];
+        for (int i = 0; i < N; i++, bits += 1021) {
+            uint32_t u = (uint32_t)bits;
+            memcpy(&in[i], &u, sizeof u);
+        }
+        dequant_convert(STORAGE_F32, in, 0, N, DTYPE_F16, half);
+        dequant_convert(STORAGE_F32, in, 0, N, DTYPE_BF16, bfloat);
+        for (int i = 0; i < N; i++) differ += half[i] != float_to_half(in[i]) || bfloat[i] != float_to_bfloat(in[i]);
+    }
+    CHECK(differ == 0);
+}
+
 int main(void)
 {
     return check_run("dequant", (struct check_case[]){{"every type equals the reference", test_whole},
                                                       {"parts of blocks", test_parts},
                                                       {"narrowing", test_narrow},
                                                       {"unquantised", test_f32},
+                                                      {"every region of bit patterns", test_sweep},
                                                       {0}});
 }
