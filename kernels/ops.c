@@ -124,6 +124,12 @@ int ops_download_marked(struct ops *o, void *to_host, const void *from, size_t b
     return o->vt->download_marked(o, to_host, from, bytes, i);
 }
 
+int ops_ceilings(struct ops *o, size_t weight_bytes, struct ops_ceilings *out)
+{
+    POINTER(out);
+    return o->vt->ceilings(o, weight_bytes, out);
+}
+
 int ops_fill_normal(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
                     int64_t whole_columns)
 {

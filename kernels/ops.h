@@ -104,6 +104,13 @@ struct sampling_state {
 };
 enum { TOKEN_COUNT_MASK = (1 << 24) - 1, TOKEN_IN_PROMPT = 1 << 30 };
 
+/* What the device can do, measured, for bench: the bars that a step's speed is held against. */
+struct ops_ceilings {
+    double gemm_tflops; /* the vendor library's matrix product, float32 on CPU, the activation dtype on GPUs */
+    double gemv_gbs;    /* reading a matrix as large as the weights once, by the vendor's matrix-vector product */
+    double copy_gbs;    /* memory copy, bytes read plus written */
+};
+
 struct ops_vt {
     const char *name;
     int (*device_count)(void);
@@ -121,6 +128,7 @@ struct ops_vt {
     int (*bucket)(const struct ops *o, int n);
     int (*mark)(struct ops *o, int i);
     int (*download_marked)(struct ops *o, void *to_host, const void *from, size_t bytes, int i);
+    int (*ceilings)(struct ops *o, size_t weight_bytes, struct ops_ceilings *out);
     int (*fill_normal)(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
                        int64_t whole_columns);
     /* tokens and rows */
@@ -200,6 +208,10 @@ int ops_bucket(const struct ops *o, int n);
  * alone and copies to the host, while later ops go on. This is how tokens come out one step late. */
 int ops_mark(struct ops *o, int i) MUST_CHECK;
 int ops_download_marked(struct ops *o, void *to_host, const void *from, size_t bytes, int i) MUST_CHECK;
+
+/* ops_ceilings - measures for a second or two, in memory of its own that it gives back; weight_bytes: what a decode
+ * step reads. Best of several tries. Not for the decode path. */
+int ops_ceilings(struct ops *o, size_t weight_bytes, struct ops_ceilings *out) MUST_CHECK;
 
 /* ops_fill_normal - w[r, c] = about normal(0, std), from (key, (first_row + r) * whole_columns + first_column + c)
  * alone: a shard holds the same numbers as the whole. w [rows, cols] of any floating dtype. */

@@ -3,34 +3,33 @@
 
 #include "kernels/cpu/cpu.h"
 
-static float silu(float x) { return x / (1 + expf(-x)); }
-static float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752f)); }
-static float gelu_tanh(float x) { return 0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x))); }
-static float quick_gelu(float x) { return x / (1 + expf(-1.702f * x)); }
-
 int cpu__swiglu(struct ops *o, struct tensor y, struct tensor gate_up)
 {
+    const struct cpu *c = cpu__of(o);
     const int64_t n = y.dim[1];
-#pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (y.dim[0] * n > CPU_PARALLEL_WORK)
-    for (int64_t i = 0; i < y.dim[0]; i++) {
-        float *to = cpu__row(y, i);
-        const float *gate = cpu__row(gate_up, i), *up = gate + n;
-        for (int64_t j = 0; j < n; j++) to[j] = silu(gate[j]) * up[j];
-    }
+#pragma omp parallel for num_threads(c->n_threads) if (y.dim[0] * n > CPU_PARALLEL_WORK)
+    for (int64_t i = 0; i < y.dim[0]; i++)
+        c->vector->swiglu(cpu__row(y, i), cpu__row(gate_up, i), cpu__row(gate_up, i) + n, n);
     return OK;
+}
+
+static void gelu(float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678118654752f));
+}
+
+static void activate_row(const struct vector_ops *v, float *x, int64_t n, enum activation kind)
+{
+    if (kind == ACTIVATION_SILU) v->sigmoid_gate(x, 1, n);
+    if (kind == ACTIVATION_QUICK_GELU) v->sigmoid_gate(x, 1.702f, n);
+    if (kind == ACTIVATION_GELU_TANH) v->gelu_tanh(x, n);
+    if (kind == ACTIVATION_GELU) gelu(x, n);
 }
 
 int cpu__activate(struct ops *o, struct tensor x, enum activation kind)
 {
-    static float (*const functions[ACTIVATION_N])(float) = {[ACTIVATION_SILU] = silu,
-                                                            [ACTIVATION_GELU] = gelu,
-                                                            [ACTIVATION_GELU_TANH] = gelu_tanh,
-                                                            [ACTIVATION_QUICK_GELU] = quick_gelu};
-    float (*function)(float) = functions[kind];
-#pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (x.dim[0] * x.dim[1] > CPU_PARALLEL_WORK)
-    for (int64_t i = 0; i < x.dim[0]; i++) {
-        float *row = cpu__row(x, i);
-        for (int64_t j = 0; j < x.dim[1]; j++) row[j] = function(row[j]);
-    }
+    const struct cpu *c = cpu__of(o);
+#pragma omp parallel for num_threads(c->n_threads) if (x.dim[0] * x.dim[1] > CPU_PARALLEL_WORK)
+    for (int64_t i = 0; i < x.dim[0]; i++) activate_row(c->vector, cpu__row(x, i), x.dim[1], kind);
     return OK;
 }

@@ -27,6 +27,7 @@ struct attend {
     int64_t q_stride, k_stride, v_stride, out_stride;
     int n_rows, n_past, head_dim, lane;
     const struct kv_view *kv;
+    const struct vector_ops *vector;
     bool causal;
     float scale;
 };
@@ -54,20 +55,20 @@ static struct scratch of_thread(float *memory, int64_t head_dim)
     return s;
 }
 
-/* Scores of one query over `n` visible keys of a block become weights; returns what earlier sums are multiplied by. */
-static float soften(float *score, int n, int width, float *maximum, float *sum)
+/* Scores of one query over `visible` keys of a block become weights, the rest of the block 0; what was summed before
+ * is scaled to the new maximum. */
+static void soften(const struct vector_ops *v, float *score, int visible, int width, float *maximum, float *sum,
+                   float *output, int dim)
 {
-    float top = *maximum, total = 0;
-    for (int j = 0; j < n; j++) top = score[j] > top ? score[j] : top;
-    for (int j = 0; j < n; j++) {
-        score[j] = expf(score[j] - top);
-        total += score[j];
+    float total, top = v->soften(score, visible, *maximum, &total);
+    for (int j = visible; j < width; j++) score[j] = 0;
+    if (top > *maximum && *maximum > -INFINITY) {
+        float factor = expf(*maximum - top);
+        *sum *= factor;
+        v->scale(output, factor, dim);
     }
-    for (int j = n; j < width; j++) score[j] = 0;
-    float factor = *maximum == -INFINITY ? 0 : expf(*maximum - top);
     *maximum = top;
-    *sum = *sum * factor + total;
-    return factor;
+    *sum += total;
 }
 
 static void attend_queries(const struct attend *a, int first, int n, const struct scratch *s)
@@ -91,9 +92,10 @@ static void attend_queries(const struct attend *a, int first, int n, const struc
                     (int)a->q_stride, k, (int)k_stride, 0.0f, s->score, KEYS);
         for (int i = 0; i < n; i++) {
             int visible = a->causal ? cpu__min(width, a->n_past + first + i + 1 - at) : width;
-            if (visible < 0) visible = 0;
-            float factor = soften(s->score + i * KEYS, visible, width, &maximum[i], &sum[i]);
-            for (int d = 0; d < dim; d++) s->output[i * dim + d] *= factor;
+            if (visible > 0)
+                soften(a->vector, s->score + i * KEYS, visible, width, &maximum[i], &sum[i], s->output + i * dim, dim);
+            else
+                memset(s->score + i * KEYS, 0, (size_t)width * sizeof(float));
         }
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, dim, width, 1.0f, s->score, KEYS, v, (int)v_stride,
                     1.0f, s->output, dim);
@@ -117,7 +119,8 @@ int cpu__attention_vision(struct ops *o, struct tensor out, struct tensor q, str
     for (int64_t task = 0; task < (int64_t)n_images * n_heads * blocks; task++) {
         int block = (int)(task % blocks), head = (int)(task / blocks % n_heads);
         int64_t row = task / blocks / n_heads * n_rows, offset = (int64_t)head * dim;
-        struct attend a = {.q = cpu__row(q, row) + offset,
+        struct attend a = {.vector = c->vector,
+                           .q = cpu__row(q, row) + offset,
                            .k = cpu__row(k, row) + offset,
                            .v = cpu__row(v, row) + offset,
                            .out = cpu__row(out, row) + offset,
@@ -180,7 +183,8 @@ int cpu__attention_prefill(struct ops *o, struct tensor out, struct tensor q, st
         int head = (int)(task % heads->n_heads), sequence = 0;
         int first = find_sequence(batch, task / heads->n_heads, &sequence) * QUERIES;
         int64_t row = batch->cu_seqlens[sequence];
-        struct attend a = {.q = cpu__row(q, row) + head * dim,
+        struct attend a = {.vector = c->vector,
+                           .q = cpu__row(q, row) + head * dim,
                            .k = cpu__row(k, row) + head / group * dim,
                            .v = cpu__row(v, row) + head / group * dim,
                            .out = cpu__row(out, row) + head * dim,

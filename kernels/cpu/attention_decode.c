@@ -36,46 +36,36 @@ int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, st
     return place(c, arena, limits->max_seqs, limits->max_heads, limits->max_context, limits->head_dim, &p);
 }
 
-static float dot(const float *a, const float *b, int n)
+/* A chunk's tokens lie in runs, one a page: keys of run r for all queries, then, softened, its values. */
+static int run_length(const struct kv_view *kv, int at, int end)
 {
-    float sum = 0;
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
+    return cpu__min(kv->page_size - at % kv->page_size, end - at);
 }
 
-static float soften(float *score, int n, float *sum)
-{
-    float top = -INFINITY;
-    *sum = 0;
-    for (int i = 0; i < n; i++) top = score[i] > top ? score[i] : top;
-    for (int i = 0; i < n; i++) {
-        score[i] = expf(score[i] - top);
-        *sum += score[i];
-    }
-    return top;
-}
-
-/* Tokens [first, first + n) of a lane for `group` queries; partial j at partial + j * stride. */
-static void attend_chunk(const struct kv_view *kv, int lane, int first, int n, const float *q, int group, float scale,
-                         float *score, float *partial, int64_t stride)
+/* Tokens [first, end) of a lane for `group` queries; partial j at partial + j * stride. */
+static void attend_chunk(const struct vector_ops *v, const struct kv_view *kv, int lane, int first, int end,
+                         const float *q, int group, float scale, float *score, float *partial, int64_t stride)
 {
     const int dim = kv->head_dim;
-    for (int i = 0; i < n; i++) {
-        const float *key = lane__key(kv, lane, first + i);
-        for (int j = 0; j < group; j++) score[j * CHUNK + i] = dot(q + j * dim, key, dim) * scale;
+    for (int at = first, n; at < end; at += n) {
+        const float *keys = lane__key(kv, lane, at);
+        n = run_length(kv, at, end);
+        for (int j = 0; j < group; j++) v->score_keys(score + j * CHUNK + at - first, q + j * dim, keys, n, dim, scale);
     }
     for (int j = 0; j < group; j++) {
-        partial[j * stride] = soften(score + j * CHUNK, n, &partial[j * stride + 1]);
-        memset(partial + j * stride + 2, 0, (size_t)dim * sizeof(float));
+        float *part = partial + j * stride;
+        part[0] = v->soften(score + j * CHUNK, end - first, -INFINITY, &part[1]);
+        memset(part + 2, 0, (size_t)dim * sizeof(float));
     }
-    for (int i = 0; i < n; i++) {
-        const float *value = lane__value(kv, lane, first + i);
+    for (int at = first, n; at < end; at += n) {
+        const float *values = lane__value(kv, lane, at);
+        n = run_length(kv, at, end);
         for (int j = 0; j < group; j++)
-            for (int d = 0; d < dim; d++) partial[j * stride + 2 + d] += score[j * CHUNK + i] * value[d];
+            v->add_values(partial + j * stride + 2, score + j * CHUNK + at - first, values, n, dim);
     }
 }
 
-static void merge(float *out, const float *partial, int64_t stride, int n_chunks, int dim)
+static void merge(const struct vector_ops *v, float *out, const float *partial, int64_t stride, int n_chunks, int dim)
 {
     float top = -INFINITY, sum = 0;
     memset(out, 0, (size_t)dim * sizeof(float));
@@ -84,9 +74,9 @@ static void merge(float *out, const float *partial, int64_t stride, int n_chunks
         const float *part = partial + c * stride;
         float factor = expf(part[0] - top);
         sum += part[1] * factor;
-        for (int d = 0; d < dim; d++) out[d] += part[2 + d] * factor;
+        v->add_scaled(out, part + 2, factor, dim);
     }
-    for (int d = 0; d < dim; d++) out[d] = n_chunks ? out[d] / sum : 0;
+    if (n_chunks) v->scale(out, 1 / sum, dim);
 }
 
 static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
@@ -120,7 +110,7 @@ int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, con
             int lane = lane_of(batch, kv, heads, sequence, kv_head);
             if (lane < 0 || first >= kv->lane_len[lane]) continue;
             int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
-            attend_chunk(kv, lane, first, cpu__min(CHUNK, kv->lane_len[lane] - first),
+            attend_chunk(c->vector, kv, lane, first, cpu__min(first + CHUNK, kv->lane_len[lane]),
                          cpu__row(q, sequence) + (int64_t)kv_head * group * dim, group, heads->scale, score,
                          p.memory + (head * n_chunks + task % n_chunks) * p.stride, n_chunks * p.stride);
         }
@@ -129,8 +119,8 @@ int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, con
             int sequence = task / heads->n_heads, head = task % heads->n_heads;
             int lane = lane_of(batch, kv, heads, sequence, head / group);
             int used = lane < 0 ? 0 : (kv->lane_len[lane] + CHUNK - 1) / CHUNK;
-            merge(cpu__row(out, sequence) + (int64_t)head * dim, p.memory + (int64_t)task * n_chunks * p.stride,
-                  p.stride, used, dim);
+            merge(c->vector, cpu__row(out, sequence) + (int64_t)head * dim,
+                  p.memory + (int64_t)task * n_chunks * p.stride, p.stride, used, dim);
         }
     }
     return OK;

@@ -8,10 +8,12 @@
 #define VITRAIL_KERNELS_CPU_CPU_H
 
 #include "base/arena.h"
+#include "kernels/cpu/vector.h"
 #include "kernels/ops.h"
 
 struct cpu {
     int n_threads;
+    const struct vector_ops *vector;
     void *scratch;
     size_t scratch_bytes;
 };
@@ -44,6 +46,7 @@ int cpu__scatter_rows(struct ops *o, struct tensor y, const int32_t *index, stru
 int cpu__decode_inputs(struct ops *o, int32_t *ids, int32_t *position, const int32_t *slot, int n,
                        const struct sampling_state *state);
 int cpu__unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
+int cpu__ceilings(struct ops *o, size_t weight_bytes, struct ops_ceilings *out);
 int cpu__fill_normal(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
                      int64_t whole_columns);
 int cpu__image_patches(struct ops *o, struct tensor y, const uint8_t *pixels, int n_images, int image_size,

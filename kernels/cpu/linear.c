@@ -1,14 +1,17 @@
 /* y = x w^T + bias.
  *
- * Few rows (decode): every weight is read once for all rows. Many rows (prefill): OpenBLAS on float32 panels of
- * weight rows; 16-bit weights are widened into a panel of each thread's own first. */
+ * Few rows (decode): vectors of our own read every weight once, widening it in registers, for all rows; a row's result
+ * is the same bits whatever rows stand beside it and however many threads share the work. Many rows (prefill): panels
+ * of weight rows go to OpenBLAS, one thread a panel; 16-bit weights are widened into a panel of the thread's own
+ * first. There a result's bits depend on the number of rows, as OpenBLAS chooses its blocks by it, and on nothing else.
+ */
 #include <cblas.h>
 #include <omp.h>
-#include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-enum { FEW_ROWS = 16, PANEL_ROWS = 128 };
+/* Measured: up to here reading weights costs more than the products, and beyond it OpenBLAS's packing pays. */
+enum { FEW_ROWS = 16, PANEL_ROWS = 192 };
 
 static int place(const struct cpu *c, struct arena *arena, int64_t n_in, float **panels)
 {
@@ -21,50 +24,67 @@ int cpu__linear_measure(const struct cpu *c, const struct ops_limits *limits, st
     return place(c, arena, limits->max_in_features, &panels);
 }
 
-static void widen(float *y, const void *x, enum dtype dtype, int64_t n)
+/* Weight rows [first, first + n) for few rows of x. */
+static void few_rows(const struct cpu *c, struct tensor y, struct tensor x, struct tensor w, const float *bias,
+                     int64_t first, int64_t n)
 {
-    const uint16_t *bits = x;
-    if (dtype == DTYPE_F32)
-        memcpy(y, x, (size_t)n * sizeof *y);
-    else if (dtype == DTYPE_BF16)
-        for (int64_t i = 0; i < n; i++) y[i] = bfloat_to_float(bits[i]);
-    else
-        for (int64_t i = 0; i < n; i++) y[i] = half_to_float(bits[i]);
+    struct vector_linear slice = {.y = (float *)y.data + first,
+                                  .x = x.data,
+                                  .bias = bias ? bias + first : NULL,
+                                  .w = tensor_rows(w, first, n).data,
+                                  .y_stride = y.stride[0],
+                                  .x_stride = x.stride[0],
+                                  .w_stride = w.stride[0],
+                                  .m = (int)x.dim[0],
+                                  .k = (int)x.dim[1],
+                                  .n = n,
+                                  .dtype = w.dtype};
+    c->vector->linear(&slice);
 }
 
-static void multiply(struct tensor y, struct tensor x, const float *w, int64_t ldw, int64_t first, int64_t n)
+static void many_rows(const struct cpu *c, struct tensor y, struct tensor x, struct tensor w, const float *bias,
+                      int64_t first, int64_t n, float *panel)
 {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)x.dim[0], (int)n, (int)x.dim[1], 1.0f, x.data,
-                (int)x.stride[0], w, (int)ldw, 0.0f, (float *)y.data + first, (int)y.stride[0]);
-}
-
-static void add_bias(struct tensor y, const float *bias, int64_t first, int64_t n)
-{
-    for (int64_t i = 0; i < y.dim[0]; i++)
-        for (int64_t j = first; j < first + n; j++) cpu__row(y, i)[j] += bias[j];
+    const int64_t n_in = x.dim[1];
+    struct tensor rows = tensor_rows(w, first, n);
+    const float *wide = rows.data;
+    int64_t stride = w.stride[0];
+    if (w.dtype != DTYPE_F32) {
+        for (int64_t i = 0; i < n; i++) c->vector->widen(panel + i * n_in, tensor_rows(rows, i, 1).data, w.dtype, n_in);
+        wide = panel, stride = n_in;
+    }
+    float *out = (float *)y.data + first;
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)x.dim[0], (int)n, (int)n_in, 1.0f, x.data,
+                (int)x.stride[0], wide, (int)stride, 0.0f, out, (int)y.stride[0]);
+    if (bias)
+        for (int64_t i = 0; i < x.dim[0]; i++) c->vector->add_scaled(out + i * y.stride[0], bias + first, 1, n);
 }
 
 int cpu__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
 {
     const struct cpu *c = cpu__of(o);
+    const int64_t n_out = w.dim[0], n_in = x.dim[1];
     struct arena arena;
     float *panels;
     TRY(cpu__scratch(o, &arena));
-    TRY(place(c, &arena, x.dim[1], &panels));
-    const int64_t n_out = w.dim[0], n_in = x.dim[1], n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS;
+    TRY(place(c, &arena, n_in, &panels));
+    if (x.dim[0] <= FEW_ROWS) {
+#pragma omp parallel num_threads(c->n_threads) if (n_out * n_in > CPU_PARALLEL_WORK)
+        {
+            int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+            int64_t first = n_out * thread / threads, end = n_out * (thread + 1) / threads;
+            if (end > first) few_rows(c, y, x, w, bias, first, end - first);
+        }
+        return OK;
+    }
+    /* Panels of nearly equal size, a multiple of the number of threads where there is enough for all. */
+    int64_t n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS;
+    n_panels = (n_panels + c->n_threads - 1) / c->n_threads * c->n_threads;
+    n_panels = n_panels < n_out ? n_panels : n_out;
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
     for (int64_t p = 0; p < n_panels; p++) {
-        int64_t first = p * PANEL_ROWS, n = n_out - first < PANEL_ROWS ? n_out - first : PANEL_ROWS;
-        struct tensor rows = tensor_rows(w, first, n);
-        const float *panel = rows.data;
-        int64_t ldw = w.stride[0];
-        if (w.dtype != DTYPE_F32) {
-            float *wide = panels + omp_get_thread_num() * PANEL_ROWS * n_in;
-            for (int64_t i = 0; i < n; i++) widen(wide + i * n_in, tensor_rows(rows, i, 1).data, w.dtype, n_in);
-            panel = wide, ldw = n_in;
-        }
-        multiply(y, x, panel, ldw, first, n);
-        if (bias) add_bias(y, bias, first, n);
+        int64_t first = n_out * p / n_panels, end = n_out * (p + 1) / n_panels;
+        many_rows(c, y, x, w, bias, first, end - first, panels + omp_get_thread_num() * PANEL_ROWS * n_in);
     }
     return OK;
 }

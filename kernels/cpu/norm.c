@@ -1,20 +1,18 @@
-/* Norms and the residual sum. Means are taken in double: the rows are short and the sum then needs no care. */
+/* Norms and the residual sum. */
 #include <math.h>
 
 #include "kernels/cpu/cpu.h"
 
-static void rms_norm_row(float *y, const float *x, const float *w, int64_t n, float eps)
+static void rms_norm_row(const struct cpu *c, float *y, const float *x, const float *w, int64_t n, float eps)
 {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-    float inverse = (float)(1.0 / sqrt(sum / (double)n + (double)eps));
-    for (int64_t i = 0; i < n; i++) y[i] = x[i] * inverse * w[i];
+    float mean = c->vector->sum_squares(x, n) / (float)n;
+    c->vector->scale_by(y, x, 1.0f / sqrtf(mean + eps), w, n);
 }
 
 int cpu__rms_norm(struct ops *o, struct tensor y, struct tensor x, const float *w, float eps)
 {
 #pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (x.dim[0] * x.dim[1] > CPU_PARALLEL_WORK)
-    for (int64_t i = 0; i < x.dim[0]; i++) rms_norm_row(cpu__row(y, i), cpu__row(x, i), w, x.dim[1], eps);
+    for (int64_t i = 0; i < x.dim[0]; i++) rms_norm_row(cpu__of(o), cpu__row(y, i), cpu__row(x, i), w, x.dim[1], eps);
     return OK;
 }
 
@@ -25,13 +23,13 @@ int cpu__add_rms_norm(struct ops *o, struct tensor y, struct tensor residual, st
 #pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (x.dim[0] * n > CPU_PARALLEL_WORK)
     for (int64_t i = 0; i < x.dim[0]; i++) {
         float *sum = cpu__row(residual, i);
-        const float *more = cpu__row(x, i);
-        for (int64_t j = 0; j < n; j++) sum[j] += more[j];
-        rms_norm_row(cpu__row(y, i), sum, w, n, eps);
+        cpu__of(o)->vector->add_scaled(sum, cpu__row(x, i), 1, n);
+        rms_norm_row(cpu__of(o), cpu__row(y, i), sum, w, n, eps);
     }
     return OK;
 }
 
+/* Mean and variance in double: two plain loops, and no care for cancellation. */
 static void layer_norm_row(float *y, const float *x, const float *w, const float *b, int64_t n, float eps)
 {
     double sum = 0, squares = 0;
@@ -52,10 +50,7 @@ int cpu__layer_norm(struct ops *o, struct tensor y, struct tensor x, const float
 int cpu__add(struct ops *o, struct tensor y, struct tensor x)
 {
 #pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (y.dim[0] * y.dim[1] > CPU_PARALLEL_WORK)
-    for (int64_t i = 0; i < y.dim[0]; i++) {
-        float *to = cpu__row(y, i);
-        const float *more = cpu__row(x, i % x.dim[0]);
-        for (int64_t j = 0; j < y.dim[1]; j++) to[j] += more[j];
-    }
+    for (int64_t i = 0; i < y.dim[0]; i++)
+        cpu__of(o)->vector->add_scaled(cpu__row(y, i), cpu__row(x, i % x.dim[0]), 1, y.dim[1]);
     return OK;
 }

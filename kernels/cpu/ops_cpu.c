@@ -14,6 +14,7 @@ static int open_cpu(struct ops *o, int device, int n_threads)
     struct cpu *c = calloc(1, sizeof *c);
     if (!c) FAIL(ERR_NOMEM, "cpu: %zu bytes for the backend", sizeof *c);
     c->n_threads = n_threads;
+    c->vector = vector__choose();
     o->impl = c;
     o->dtype = DTYPE_F32;
     omp_set_num_threads(n_threads);
@@ -135,6 +136,7 @@ const struct ops_vt ops_cpu = {
     .bucket = bucket,
     .mark = mark,
     .download_marked = download_marked,
+    .ceilings = cpu__ceilings,
     .fill_normal = cpu__fill_normal,
     .embed = cpu__embed,
     .gather_rows = cpu__gather_rows,

@@ -35,23 +35,18 @@ int cpu__probe_measure(const struct cpu *c, const struct ops_limits *limits, str
 }
 
 /* One row's logits: adds weight * probability to the columns; returns the entries at or above max + cut. */
-static int64_t take_row(float *score, int n, float weight, float cut, float *column)
+static int64_t take_row(const struct vector_ops *v, float *score, int n, float weight, float cut, float *column)
 {
-    float top = -INFINITY, sum = 0;
-    int64_t kept = 0;
-    for (int j = 0; j < n; j++) top = score[j] > top ? score[j] : top;
-    for (int j = 0; j < n; j++) {
-        kept += score[j] >= top + cut;
-        score[j] = expf(score[j] - top);
-        sum += score[j];
-    }
-    float factor = weight / sum;
-    for (int j = 0; j < n; j++) column[j] += score[j] * factor;
+    float sum, top = v->maximum(score, n);
+    int64_t kept = cut < INFINITY ? v->count_from(score, n, top + cut) : 0;
+    (void)v->soften(score, n, top, &sum);
+    v->add_scaled(column, score, weight / sum, n);
     return kept;
 }
 
-static int64_t probe_head(const float *q, int64_t q_stride, const struct kv_view *kv, int lane, float scale,
-                          const struct attention_probe *probe, float *score, float *k, float *column)
+static int64_t probe_head(const struct vector_ops *v, const float *q, int64_t q_stride, const struct kv_view *kv,
+                          int lane, float scale, const struct attention_probe *probe, float *score, float *k,
+                          float *column)
 {
     const int n_keys = probe->first_position + probe->n_rows, dim = kv->head_dim;
     const float cut = probe->threshold > 0 ? logf(probe->threshold) : INFINITY;
@@ -67,7 +62,8 @@ static int64_t probe_head(const float *q, int64_t q_stride, const struct kv_view
         }
         for (int i = 0; i < n; i++) {
             float weight = probe->row_weight ? probe->row_weight[first + i] : 1.0f;
-            kept += take_row(score + (int64_t)i * n_keys, probe->first_position + first + i + 1, weight, cut, column);
+            kept +=
+                take_row(v, score + (int64_t)i * n_keys, probe->first_position + first + i + 1, weight, cut, column);
         }
     }
     return kept;
@@ -90,7 +86,7 @@ int cpu__attention_probe(struct ops *o, struct tensor q, const struct kv_view *k
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
     for (int h = 0; h < heads->n_heads; h++) {
         const size_t thread = (size_t)omp_get_thread_num();
-        int64_t kept = probe_head(cpu__row(q, 0) + (int64_t)h * heads->head_dim, q.stride[0], kv,
+        int64_t kept = probe_head(c->vector, cpu__row(q, 0) + (int64_t)h * heads->head_dim, q.stride[0], kv,
                                   first_lane + h / group, heads->scale, probe, s.score + thread * ROWS * (size_t)n_keys,
                                   s.k + thread * KEYS * (size_t)heads->head_dim, s.column + (int64_t)h * n_keys);
         if (probe->kept) probe->kept[h] = kept;
@@ -100,7 +96,7 @@ int cpu__attention_probe(struct ops *o, struct tensor q, const struct kv_view *k
         float *sum = probe->column_sum + (int64_t)g * n_keys;
         memset(sum, 0, (size_t)n_keys * sizeof(float));
         for (int h = g * group; h < (g + 1) * group; h++)
-            for (int j = 0; j < n_keys; j++) sum[j] += s.column[(int64_t)h * n_keys + j];
+            c->vector->add_scaled(sum, s.column + (int64_t)h * n_keys, 1, n_keys);
     }
     return OK;
 }

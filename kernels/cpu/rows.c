@@ -4,17 +4,6 @@
 
 #include "kernels/cpu/cpu.h"
 
-static void widen_row(float *y, const void *row, enum dtype dtype, int64_t n)
-{
-    const uint16_t *bits = row;
-    if (dtype == DTYPE_F32)
-        memcpy(y, row, (size_t)n * sizeof *y);
-    else if (dtype == DTYPE_BF16)
-        for (int64_t i = 0; i < n; i++) y[i] = bfloat_to_float(bits[i]);
-    else
-        for (int64_t i = 0; i < n; i++) y[i] = half_to_float(bits[i]);
-}
-
 int cpu__embed(struct ops *o, struct tensor y, struct tensor table, const int32_t *ids, int first_row)
 {
     const int64_t n = y.dim[1];
@@ -23,7 +12,8 @@ int cpu__embed(struct ops *o, struct tensor y, struct tensor table, const int32_
     for (int64_t i = 0; i < y.dim[0]; i++) {
         int64_t row = (int64_t)ids[i] - first_row;
         if (row >= 0 && row < table.dim[0])
-            widen_row(cpu__row(y, i), (const char *)table.data + (size_t)row * row_bytes, table.dtype, n);
+            cpu__of(o)->vector->widen(cpu__row(y, i), (const char *)table.data + (size_t)row * row_bytes, table.dtype,
+                                      n);
         else
             memset(cpu__row(y, i), 0, (size_t)n * sizeof(float));
     }
