@@ -152,7 +152,7 @@ static int take_all(struct parser *p, bool first_pass)
     while (p->at < p->argc) {
         const char *word = p->argv[p->at++];
         if (!strcmp(word, "-h")) word = "--help";
-        if (strncmp(word, "--", 2) || !word[2])
+        if (strncmp(word, "--", 2) != 0 || !word[2])
             FAIL(ERR_CONFIG, "\"%.64s\" is no option: options begin with two dashes (vitrail %s --help lists them)",
                  word, p->out->command->name);
         TRY(take_option(p, word + 2, first_pass));

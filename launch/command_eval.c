@@ -20,7 +20,7 @@ static int prepare(const struct launch *launch, struct sweep *sweep)
 {
     const struct arguments *arguments = &launch->arguments;
     struct eval_options *options = &sweep->options;
-    int64_t max_tokens = 0;
+    int64_t max_tokens = 0, max_in_flight = 0;
     options->questions = arguments_text(arguments, "questions");
     options->output = arguments_text(arguments, "output");
     options->policies = arguments->policies;
@@ -31,6 +31,9 @@ static int prepare(const struct launch *launch, struct sweep *sweep)
     if (!options->questions) FAIL(ERR_CONFIG, "vitrail eval needs --questions FILE");
     TRY(arguments_int(arguments, "max-tokens", 1, 1 << 20, &max_tokens));
     options->max_tokens = (int)max_tokens;
+    TRY(arguments_int(arguments, "max-concurrency", 1, 1 << 20, &max_in_flight));
+    options->max_in_flight = (int)max_in_flight;
+    options->show = arguments_flag(arguments, "show");
     if (access(options->questions, R_OK)) FAIL(ERR_IO, "%s: cannot open: %s", options->questions, strerror(errno));
     TRY(model_dims_load(launch->config->model, &sweep->dims));
     return prompt_open(launch->config, &sweep->dims, &sweep->builder);
@@ -61,11 +64,14 @@ const struct command command_eval = {
     .usage = "[mpirun -np N] vitrail eval --config F --questions q.jsonl [--kv-policy full,vl_cache] [--kv-budget "
              "0.1,0.2] [--output r.json]",
     .options =
-        (const struct option[]){{"questions", "FILE", false,
-                                 "{id, images, prompt, answer, ...} a line; images are relative to it; required"},
-                                {"output", "FILE", false, "write scores and answers as JSON"},
-                                {"max-tokens", "N", false, "longest answer in tokens (default: the model's)"},
-                                {NULL, NULL, false, NULL}},
+        (const struct option[]){
+            {"questions", "FILE", false,
+             "{id, images, prompt, answer, ...} a line; images are relative to it; required"},
+            {"output", "FILE", false, "write scores and answers as JSON"},
+            {"show", NULL, false, "print every answer beside its tokens, cache and times"},
+            {"max-concurrency", "N", false, "questions at once (default: as many as run); 1 gives each its own times"},
+            {"max-tokens", "N", false, "longest answer in tokens (default: the model's)"},
+            {NULL, NULL, false, NULL}},
     .lists = true,
     .needs_model = true,
     .ranks = true,

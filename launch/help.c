@@ -74,7 +74,7 @@ void help_print(const struct command *const *commands, const struct command *com
     static const struct option common[] = {
         {"config", "FILE", false, "YAML deployment file; options override it"},
         {"print-config", NULL, false, "print the resulting configuration as YAML and exit"},
-        {"inject-fault", "SPEC", false, "for tests: fail, hang, stop or die at a named place (see docs/errors.md)"},
+        {"inject-fault", "SPEC", false, "for tests: rank=R,phase=P,call=N,action=error|exit|kill|stop|hang"},
         {"help", NULL, false, "print this and exit"},
         {NULL, NULL, false, NULL},
     };

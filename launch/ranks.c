@@ -100,21 +100,31 @@ static int choose_device(struct launch *launch)
     return OK;
 }
 
+/* The n-th number of a one-line file; -1 if there is none ("max": no quota). */
+static long read_number(const char *path, int n)
+{
+    char line[128] = "", *at = line;
+    FILE *f = fopen(path, "r");
+    if (!f) return -1;
+    if (!fgets(line, sizeof line, f)) line[0] = 0;
+    fclose(f);
+    long value = -1;
+    for (int i = 0; i <= n; i++) {
+        char *end;
+        value = strtol(at, &end, 10);
+        if (end == at) return -1;
+        at = end;
+    }
+    return value;
+}
+
 /* Cores that the control group's quota pays for; 0: no quota. */
 static int quota_cores(void)
 {
-    long long quota = 0, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (f) {
-        if (fscanf(f, "%lld %lld", &quota, &period) != 2) quota = 0;
-        fclose(f);
-    } else if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
-        if (fscanf(f, "%lld", &quota) != 1) quota = 0;
-        fclose(f);
-        if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r"))) {
-            if (fscanf(f, "%lld", &period) != 1) period = 0;
-            fclose(f);
-        }
+    long quota = read_number("/sys/fs/cgroup/cpu.max", 0), period = read_number("/sys/fs/cgroup/cpu.max", 1);
+    if (quota <= 0) {
+        quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", 0);
+        period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
     }
     return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : 0;
 }

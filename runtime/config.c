@@ -144,7 +144,7 @@ int config_print(const struct config *config, FILE *out)
         int depth = 0;
         for (const char *dot = strchr(name, '.'); dot; dot = strchr(name, '.'), depth++) {
             size_t length = (size_t)(dot - key->path);
-            if (strncmp(map, key->path, length) || (map[length] && map[length] != '.')) {
+            if (strncmp(map, key->path, length) != 0 || (map[length] && map[length] != '.')) {
                 fprintf(out, "%*s%.*s:\n", 2 * depth, "", (int)(dot - name), name);
                 snprintf(map, sizeof map, "%.*s", (int)length, key->path);
             }

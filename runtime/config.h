@@ -73,16 +73,16 @@ enum config_type {
     CONFIG_BUDGET
 };
 struct config_key {
-    const char *path; /* "kv_cache.policy" */
-    enum config_type type;
-    size_t offset, size;
+    const char *path;         /* "kv_cache.policy" */
     const char *preset;       /* the default, as it is written in YAML */
-    double min, max;          /* of numbers */
-    bool automatic;           /* integers: the word auto is accepted and stored as 0 */
+    const char *help;         /* one line for people */
     const char *const *names; /* choices, NULL-terminated; the value is the index (CONFIG_TEXT: the word) */
-    int n_served;             /* the first n_served names are served by this build; 0: all */
-    const char *help;
-    bool local; /* may differ between ranks: not in the hash */
+    size_t offset, size;      /* in struct config */
+    double min, max;          /* of numbers */
+    enum config_type type;
+    int n_served;   /* the first n_served names are served by this build; 0: all */
+    bool automatic; /* integers: the word auto is accepted and stored as 0 */
+    bool local;     /* may differ between ranks: not in the hash */
 };
 
 /* config_keys - the table; *n rows, keys of one map together. */

@@ -19,21 +19,17 @@ static const char *const window_of_names[] = {"layer", "prompt", NULL};
 
 #define ROW(key, kind, member, text, ...)                                                                              \
     {                                                                                                                  \
-        .path = key, .type = kind, .offset = offsetof(struct config, member),                                          \
-        .size = sizeof(((struct config *)0)->member), .preset = text, __VA_ARGS__                                      \
+        .path = (key), .type = (kind), .offset = offsetof(struct config, member),                                      \
+        .size = sizeof(((struct config *)0)->member), .preset = (text), __VA_ARGS__                                    \
     }
-#define TEXT(key, member, text, h) ROW(key, CONFIG_TEXT, member, text, .help = h)
-#define WORD(key, member, text, list, h) ROW(key, CONFIG_TEXT, member, text, .names = list, .help = h)
+#define TEXT(key, member, text, h) ROW(key, CONFIG_TEXT, member, text, .help = (h))
+#define WORD(key, member, text, list, h) ROW(key, CONFIG_TEXT, member, text, .names = (list), .help = (h))
 #define CHOICE(key, member, text, list, served, h)                                                                     \
-    ROW(key, CONFIG_CHOICE, member, text, .names = list, .n_served = served, .help = h)
-#define INT(key, member, text, low, high, h) ROW(key, CONFIG_INT, member, text, .min = low, .max = high, .help = h)
-#define INT_AUTO(key, member, low, high, h)                                                                            \
-    ROW(key, CONFIG_INT, member, "auto", .min = low, .max = high, .automatic = true, .help = h)
-#define BYTES(key, member, text, low, high, h) ROW(key, CONFIG_BYTES, member, text, .min = low, .max = high, .help = h)
-#define BYTES_AUTO(key, member, low, high, h)                                                                          \
-    ROW(key, CONFIG_BYTES, member, "auto", .min = low, .max = high, .automatic = true, .help = h)
-#define DOUBLE(key, member, text, low, high, h)                                                                        \
-    ROW(key, CONFIG_DOUBLE, member, text, .min = low, .max = high, .help = h)
+    ROW(key, CONFIG_CHOICE, member, text, .names = (list), .n_served = (served), .help = (h))
+#define NUMBER(key, kind, member, text, low, high, h)                                                                  \
+    ROW(key, kind, member, text, .min = (low), .max = (high), .help = (h))
+#define AUTO(key, kind, member, low, high, h)                                                                          \
+    ROW(key, kind, member, "auto", .min = (low), .max = (high), .automatic = true, .help = (h))
 #define VL(name) "kv_cache.vl_cache." name
 
 #define MAX_BYTES 0x1p50
@@ -42,57 +38,61 @@ static const struct config_key table[] = {
     TEXT("model", model, "", "model directory (safetensors) or .gguf file; no default"),
     CHOICE("device", device, "auto", device_names, 0, "where ranks compute; auto: cuda where there is a GPU, else cpu"),
     CHOICE("dtype", dtype, "auto", dtype_names, 0, "dtype of the weights in memory; auto: as the checkpoint has them"),
-    INT_AUTO("tensor_parallel_size", tensor_parallel_size, 1, 1024,
-             "ranks that share the model; auto: as many as mpirun started; else checked against that"),
-    INT("data_parallel_size", data_parallel_size, "1", 1, 1, "copies of the model; this build serves 1"),
-    INT_AUTO("max_model_len", max_model_len, 1, 1 << 24,
-             "longest sequence in tokens, prompt and answer; auto: the smaller of the model's and 4096"),
-    INT("max_num_seqs", max_num_seqs, "64", 1, 4096, "most sequences that run at once"),
-    INT("max_num_batched_tokens", max_num_batched_tokens, "8192", 1, 1 << 20,
-        "most prompt tokens computed in one step; longer prompts are cut into chunks"),
-    DOUBLE("gpu_memory_utilization", gpu_memory_utilization, "0.92", 0.01, 1,
+    AUTO("tensor_parallel_size", CONFIG_INT, tensor_parallel_size, 1, 1024,
+         "ranks that share the model; auto: as many as mpirun started; else checked against that"),
+    NUMBER("data_parallel_size", CONFIG_INT, data_parallel_size, "1", 1, 1, "copies of the model; this build serves 1"),
+    AUTO("max_model_len", CONFIG_INT, max_model_len, 1, 1 << 24,
+         "longest sequence in tokens, prompt and answer; auto: the smaller of the model's and 4096"),
+    NUMBER("max_num_seqs", CONFIG_INT, max_num_seqs, "64", 1, 4096, "most sequences that run at once"),
+    NUMBER("max_num_batched_tokens", CONFIG_INT, max_num_batched_tokens, "8192", 1, 1 << 20,
+           "most prompt tokens computed in one step; longer prompts are cut into chunks"),
+    NUMBER("gpu_memory_utilization", CONFIG_DOUBLE, gpu_memory_utilization, "0.92", 0.01, 1,
            "share of each GPU's memory to use; on CPU ranks it has no effect"),
-    BYTES_AUTO("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, MAX_BYTES,
-               "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
-               "free memory over them, at most what max_num_seqs sequences can fill"),
+    AUTO("kv_cache_memory_bytes", CONFIG_BYTES, kv_cache_memory_bytes, 1, MAX_BYTES,
+         "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
+         "free memory over them, at most what max_num_seqs sequences can fill"),
     ROW("kv_cache.policy", CONFIG_POLICY, kv_cache.policy, "vl_cache",
         .help = "which tokens of a prompt stay in the cache: full (all of them) or vl_cache"),
     ROW("kv_cache.budget", CONFIG_BUDGET, kv_cache.budget, "0.1",
         .help = "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"),
     CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
-    INT("kv_cache.page_size", kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
+    NUMBER("kv_cache.page_size", CONFIG_INT, kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
     CHOICE("kv_cache.heads", kv_heads, "equal", heads_names, 1, "how a layer's budget is split over its KV heads"),
     CHOICE("kv_cache.evicted", kv_evicted, "free", evicted_names, 1, "what becomes of tokens that are not kept"),
-    DOUBLE(VL("threshold"), kv_cache.vl_cache.threshold, "0.01", 0, 1,
+    NUMBER(VL("threshold"), CONFIG_DOUBLE, kv_cache.vl_cache.threshold, "0.01", 0, 1,
            "share of a row's largest attention from which an entry counts as not sparse"),
-    DOUBLE(VL("clip_min"), kv_cache.vl_cache.clip_min, "0.01", 0, 1, "least share of the prompt that a layer keeps"),
-    DOUBLE(VL("clip_max"), kv_cache.vl_cache.clip_max, "1", 0, 1, "largest share of the prompt that a layer keeps"),
+    NUMBER(VL("clip_min"), CONFIG_DOUBLE, kv_cache.vl_cache.clip_min, "0.01", 0, 1,
+           "least share of the prompt that a layer keeps"),
+    NUMBER(VL("clip_max"), CONFIG_DOUBLE, kv_cache.vl_cache.clip_max, "1", 0, 1,
+           "largest share of the prompt that a layer keeps"),
     CHOICE(VL("rounding"), kv_cache.vl_cache.rounding, "floor", rounding_names, 0,
            "how layer shares become token counts"),
-    DOUBLE(VL("window"), kv_cache.vl_cache.window, "0.1", 0, 1,
+    NUMBER(VL("window"), CONFIG_DOUBLE, kv_cache.vl_cache.window, "0.1", 0, 1,
            "newest tokens that are always kept, as a share of a budget"),
     CHOICE(VL("window_of"), kv_cache.vl_cache.window_of, "layer", window_of_names, 0,
            "of which budget: the layer's own, or the whole prompt's"),
-    INT(VL("min_rows"), kv_cache.vl_cache.min_rows, "16", 0, 1 << 20,
-        "judging rows behind the last image: go back over text to this many; 0: as the paper has it"),
-    INT(VL("no_image_rows"), kv_cache.vl_cache.no_image_rows, "64", 1, 1 << 20,
-        "judging rows of a prompt without image"),
-    INT(VL("max_rows"), kv_cache.vl_cache.max_rows, "0", 0, 1 << 20,
-        "judge by the last so many rows only; 0: by all of them"),
+    NUMBER(VL("min_rows"), CONFIG_INT, kv_cache.vl_cache.min_rows, "16", 0, 1 << 20,
+           "judging rows behind the last image: go back over text to this many; 0: as the paper has it"),
+    NUMBER(VL("no_image_rows"), CONFIG_INT, kv_cache.vl_cache.no_image_rows, "64", 1, 1 << 20,
+           "judging rows of a prompt without image"),
+    NUMBER(VL("max_rows"), CONFIG_INT, kv_cache.vl_cache.max_rows, "0", 0, 1 << 20,
+           "judge by the last so many rows only; 0: by all of them"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,
            "auto: read the checkpoint; dummy: random weights from config.json alone"),
     ROW("seed", CONFIG_SEED, seed, "0", .help = "seed of sampling where a request brings none, and of dummy weights"),
     WORD("chat_template", chat_template, "auto", chat_names, "how messages become a prompt; auto: by the model"),
-    INT("max_queued", max_queued, "256", 1, 1 << 20, "most requests that wait inside the engine"),
-    INT("max_images_per_prompt", max_images_per_prompt, "64", 0, 4096, "most images of one request"),
-    BYTES("max_image_bytes", max_image_bytes, "64MiB", 1, 1LL << 31, "largest image file"),
-    INT("max_image_pixels", max_image_pixels, "67108864", 1, 1LL << 31, "most pixels of an image, width x height"),
-    BYTES("max_request_bytes", max_request_bytes, "64MiB", 1024, 1LL << 31, "longest line of a batch file"),
+    NUMBER("max_queued", CONFIG_INT, max_queued, "256", 1, 1 << 20, "most requests that wait inside the engine"),
+    NUMBER("max_images_per_prompt", CONFIG_INT, max_images_per_prompt, "64", 0, 4096, "most images of one request"),
+    NUMBER("max_image_bytes", CONFIG_BYTES, max_image_bytes, "64MiB", 1, 1LL << 31, "largest image file"),
+    NUMBER("max_image_pixels", CONFIG_INT, max_image_pixels, "67108864", 1, 1LL << 31,
+           "most pixels of an image, width x height"),
+    NUMBER("max_request_bytes", CONFIG_BYTES, max_request_bytes, "64MiB", 1024, 1LL << 31,
+           "longest line of a batch file"),
     ROW("cpu_threads", CONFIG_INT, cpu_threads, "auto", .min = 1, .max = 1024, .automatic = true, .local = true,
         .help = "threads of each CPU rank; auto: the cores that this job may use over the ranks of the host"),
-    DOUBLE("watchdog_timeout", watchdog_timeout, "300", 0, 1e6,
+    NUMBER("watchdog_timeout", CONFIG_DOUBLE, watchdog_timeout, "300", 0, 1e6,
            "seconds that a rank may spend in a step without progress before the job is ended; 0: no limit"),
     CHOICE("log_level", log_level, "info", log_names, 0, "least level of lines on standard error"),
 };

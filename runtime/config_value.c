@@ -136,7 +136,7 @@ static int find_choice(const struct config_key *key, const char *text, int *out)
 {
     char list[256];
     int i = 0;
-    while (key->names[i] && strcmp(key->names[i], text)) i++;
+    while (key->names[i] && strcmp(key->names[i], text) != 0) i++;
     if (!key->names[i]) {
         FAIL(ERR_CONFIG, "%s must be %s; found \"%.80s\" (nearest: %s)", key->path,
              list_names(key->names, key->n_served, list, sizeof list), text, nearest_name(text, key->names));
@@ -188,7 +188,7 @@ static int parse_budget(const struct config_key *key, void *place, const char *t
 
 int config__parse(const struct config_key *key, void *place, const char *text)
 {
-    int choice;
+    int choice = 0;
     switch (key->type) {
     case CONFIG_TEXT:
     case CONFIG_POLICY: return parse_text(key, place, text);

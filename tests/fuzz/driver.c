@@ -111,7 +111,7 @@ int main(int argc, char **argv)
     uint8_t none[1] = {0};
     struct seed nothing = {none, 0};
     snprintf(last, sizeof last, "%s.last", argv[0]);
-    for (long i = 0, runs = atol(argv[2]); i < runs; i++) {
+    for (long i = 0, runs = strtol(argv[2], NULL, 10); i < runs; i++) {
         const struct seed *seed = n ? &seeds[random_below((uint64_t)n)] : &nothing;
         const struct seed *other = n ? &seeds[random_below((uint64_t)n)] : &nothing;
         size_t size = change(seed, other, buffer);

@@ -421,6 +421,7 @@ static void test_rooms_agree(void)
 {
     const struct config_key *chat = config_find("chat_template");
     CHECK(chat && !strcmp(chat->names[0], "auto"));
+    if (!chat) return;
     for (int i = 0; chat_name(i) || chat->names[i + 1]; i++) {
         CHECK(chat_name(i) && chat->names[i + 1] && !strcmp(chat_name(i), chat->names[i + 1]));
         if (!chat_name(i) || !chat->names[i + 1]) break;

@@ -29,7 +29,7 @@ static void expect(const char *text, const char *want)
 {
     struct trace t;
     CHECK_OK(read_text(text, &t));
-    if (strcmp(t.text, want)) fprintf(stderr, "got  %s\nwant %s\n", t.text, want);
+    if (strcmp(t.text, want) != 0) fprintf(stderr, "got  %s\nwant %s\n", t.text, want);
     CHECK(!strcmp(t.text, want));
 }
 
@@ -78,27 +78,30 @@ static void test_places(void)
     expect("m: {a: 1}\nn: {a: 2}\n", "m={}@1:1/1:4;m.a=1@1:5/1:8;n={}@2:1/2:4;n.a=2@2:5/2:8;");
 }
 
+/* "{a: {a: ... {} ... }}": `depth` maps, one inside the other. */
+static const char *nested(int depth, char *buf, size_t size)
+{
+    size_t used = 0;
+    for (int i = 1; i < depth; i++) used += (size_t)snprintf(buf + used, size - used, "{a: ");
+    used += (size_t)snprintf(buf + used, size - used, "{}");
+    for (int i = 1; i < depth; i++) used += (size_t)snprintf(buf + used, size - used, "}");
+    return buf;
+}
+
 static void test_caps(void)
 {
     static char big[YAML_MAX_BYTES + 2];
     struct trace t = {.n = 0};
-    char deep[256] = "";
-    for (int i = 0; i < YAML_MAX_DEPTH - 1; i++) strcat(deep, "{a: ");
-    strcat(deep, "{}");
-    for (int i = 0; i < YAML_MAX_DEPTH - 1; i++) strcat(deep, "}");
-    CHECK_OK(read_text(deep, &t));
-    memset(deep, 0, sizeof deep);
-    for (int i = 0; i < YAML_MAX_DEPTH; i++) strcat(deep, "{a: ");
-    strcat(deep, "{}");
-    for (int i = 0; i < YAML_MAX_DEPTH; i++) strcat(deep, "}");
-    expect_error(deep, "nested deeper than 16");
+    char deep[256];
+    CHECK_OK(read_text(nested(YAML_MAX_DEPTH, deep, sizeof deep), &t));
+    expect_error(nested(YAML_MAX_DEPTH + 1, deep, sizeof deep), "nested deeper than 16");
 
     memset(big, ' ', sizeof big);
     t = (struct trace){.n = 0};
     CHECK_OK(yaml_read(big, YAML_MAX_BYTES, "f.yaml", record, &t));
     CHECK_FAILS(yaml_read(big, YAML_MAX_BYTES + 1, "f.yaml", record, &t), ERR_CONFIG, "the limit is 1048576");
     memset(big, 'k', 400);
-    strcpy(big + 400, ": 1\n");
+    memcpy(big + 400, ": 1\n", 5);
     expect_error(big, "too long");
 
     char *many = big;
