@@ -114,7 +114,7 @@ int engine__allocate(struct engine *e, const struct checkpoint *checkpoint)
     TRY(agree_on_pages(e, &n_pages));
     TRY(plan_measure(r, checkpoint, n_pages, &e->plan));
     TRY(check_fit(e));
-    if (e->comm->rank == 0 || log_enabled(LOG_DEBUG)) plan_print_table(&e->plan, r, stderr);
+    if (log_enabled(e->comm->rank == 0 ? LOG_INFO : LOG_DEBUG)) plan_print_table(&e->plan, r, stderr);
     e->limits = plan_step_limits(&r->config, &r->dims);
     TRY(allocate_host(e));
     TRY(ops_reserve(&e->ops, &limits, &scratch, false));

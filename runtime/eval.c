@@ -104,6 +104,10 @@ static void on_done(void *arg, const struct completion *c)
     if (c->n_tokens) memcpy(a->tokens, c->tokens, (size_t)c->n_tokens * sizeof *a->tokens);
     a->n_tokens = c->n_tokens;
     a->prompt_tokens = c->prompt_tokens;
+    a->image_tokens = c->image_tokens;
+    for (int l = 0; l < c->n_layers; l++) a->kept_tokens += (double)c->kept_tokens_per_layer[l] / c->n_layers;
+    a->first_token_seconds = c->first_token_seconds;
+    a->total_seconds = c->total_seconds;
     a->bytes_full = c->bytes_full;
     a->bytes_kept = c->bytes_kept;
     e->n_done++;
@@ -206,6 +210,7 @@ static int report(struct eval *e)
         e->result->n_unlike_reference++;
         e->result->n_ties += q->min_margin >= 0 && q->min_margin < EVAL_TIE_MARGIN;
     }
+    if (e->options->table && e->options->show) eval__show(e->options->table, &e->questions, e->runs, e->n_runs);
     if (e->options->table) eval__print(e->options->table, &e->questions, e->runs, e->n_runs);
     if (!e->options->output) return OK;
     return eval__write(e->options->output, prompt_config(e->builder), e->options, &e->questions, e->runs, e->n_runs);

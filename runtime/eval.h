@@ -22,6 +22,7 @@ struct eval_options {
     int max_tokens;        /* of an answer; 0: the model's default */
     int max_in_flight;     /* 0: as many as run at once */
     bool progress;         /* on standard error */
+    bool show;             /* every answer in the table, not only the scores */
     FILE *table;           /* where the table goes; NULL: nowhere */
     struct liveness *liveness;
 };

@@ -33,8 +33,10 @@ struct eval_answer {
     char *text;
     size_t text_size;
     int32_t *tokens;
-    int n_tokens, prompt_tokens;
+    int n_tokens, prompt_tokens, image_tokens;
+    double kept_tokens; /* of a layer, mean */
     int64_t bytes_full, bytes_kept;
+    double first_token_seconds, total_seconds;
 };
 
 struct eval_scores {
@@ -60,6 +62,9 @@ bool eval__correct(const struct eval_question *question, const struct eval_answe
 
 /* eval__first_difference - index of the first token unlike the reference, -1 if there is none. */
 int eval__first_difference(const struct eval_question *question, const struct eval_answer *answer);
+
+/* eval__show - every question with its answers, a row a run. */
+void eval__show(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs);
 
 /* eval__print - the table, and below it the answers of the full cache that differ from the reference.
  * eval__write - the JSON file, put in place whole. */

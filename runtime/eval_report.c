@@ -34,6 +34,49 @@ static void print_mismatches(FILE *to, const struct eval_questions *questions, c
     }
 }
 
+/* At most `width` characters of a text on one line; what is cut or unprintable is marked. */
+static void print_clipped(FILE *to, const char *text, int width)
+{
+    int n = 0;
+    for (const char *c = text; *c && n < width; c++) {
+        if (((unsigned char)*c & 0xc0) != 0x80 && ++n == width && c[1]) break;
+        fputc((unsigned char)*c < 0x20 ? ' ' : *c, to);
+    }
+    if (n == width) fputs("~", to);
+    fprintf(to, "%*s", width > n ? width - n : 0, "");
+}
+
+static void show_answer(FILE *to, const struct eval_question *q, const struct eval_one_run *run,
+                        const struct eval_answer *a)
+{
+    char name[64], budget[32];
+    double seconds = a->total_seconds - a->first_token_seconds;
+    snprintf(name, sizeof name, "%s %s", run->config.policy,
+             eval__is_full(run) ? "" : kv_budget_print(run->config.budget, budget, sizeof budget));
+    fprintf(to, "  %-14s %6d %6d %8.1f %8.2f %8.2f %9.0f %8.1f  %-5s ", name, a->prompt_tokens, a->image_tokens,
+            a->kept_tokens, mib(a->bytes_full), mib(a->bytes_kept), a->first_token_seconds * 1e3,
+            a->n_tokens > 1 && seconds > 0 ? (a->n_tokens - 1) / seconds : 0.0,
+            eval__correct(q, a) ? "right" : "wrong");
+    print_clipped(to, a->text, 48);
+    fputc('\n', to);
+}
+
+void eval__show(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
+{
+    fprintf(to, "  %-14s %6s %6s %8s %8s %8s %9s %8s\n", "", "prompt", "image", "kept", "KV full", "KV kept", "first",
+            "tokens");
+    fprintf(to, "  %-14s %6s %6s %8s %8s %8s %9s %8s  %-5s %s\n", "cache", "tokens", "tokens", "a layer", "MiB", "MiB",
+            "token ms", "/ s", "", "answer");
+    for (int i = 0; i < questions->n; i++) {
+        const struct eval_question *q = &questions->question[i];
+        fprintf(to, "%s: ", q->id);
+        print_clipped(to, q->prompt, 96);
+        fputc('\n', to);
+        for (int r = 0; r < n_runs; r++) show_answer(to, q, &runs[r], &runs[r].answer[i]);
+    }
+    fputc('\n', to);
+}
+
 void eval__print(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
 {
     char budget[32], exact[32], full[32], reference[32];
