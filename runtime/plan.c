@@ -122,10 +122,13 @@ static int64_t sequences(const struct memory_plan *plan, const struct resources 
     return pages ? plan->n_pages / pages : 0;
 }
 
+/* Tokens that the configured policy keeps of a prompt of max_model_len. */
 static int kept_tokens(const struct resources *r)
 {
-    double share = kv_budget_share(r->config.kv_cache.budget, r->config.max_model_len);
-    return strcmp(r->config.kv_cache.policy, "full") ? (int)(share * r->config.max_model_len) : r->config.max_model_len;
+    const struct policy_vt *vt;
+    int m = r->config.max_model_len;
+    if (policy_find(r->config.kv_cache.policy, &vt) || !vt->prefill_end) return m;
+    return (int)(kv_budget_share(r->config.kv_cache.budget, m) * m);
 }
 
 void plan_print_table(const struct memory_plan *plan, const struct resources *r, FILE *out)
@@ -135,12 +138,13 @@ void plan_print_table(const struct memory_plan *plan, const struct resources *r,
         fprintf(out, "  %-20s %10.1f MiB\n", plan->row[i].label, mib(plan->row[i].bytes));
     fprintf(out, "  %-20s %10.1f MiB", "total", mib(plan->total));
     if (plan->available) fprintf(out, " of %.1f MiB available", mib(plan->available));
-    fprintf(out,
-            "\n  KV pool: %" PRId64 " pages of %d tokens; %" PRId64
-            " sequences of %d tokens with the full cache, %" PRId64 " kept at %s %.3g\n",
-            plan->n_pages, r->kv.page_size, sequences(plan, r, r->config.max_model_len), r->config.max_model_len,
-            sequences(plan, r, kept_tokens(r)), r->config.kv_cache.policy,
-            kv_budget_share(r->config.kv_cache.budget, r->config.max_model_len));
+    int most = r->config.max_model_len, kept = kept_tokens(r);
+    fprintf(out, "\n  KV pool: %" PRId64 " pages of %d tokens hold %" PRId64 " sequences of %d tokens", plan->n_pages,
+            r->kv.page_size, sequences(plan, r, most), most);
+    if (kept < most)
+        fprintf(out, "; %" PRId64 " once %s has kept %d of them", sequences(plan, r, kept), r->config.kv_cache.policy,
+                kept);
+    fputc('\n', out);
 }
 
 static void print_json(const struct memory_plan *plan, const struct resources *r, FILE *out)
@@ -156,58 +160,77 @@ static void print_json(const struct memory_plan *plan, const struct resources *r
             sequences(plan, r, r->config.max_model_len), sequences(plan, r, kept_tokens(r)));
 }
 
-/* One rank's plan, computed here; comm is a mere pair of numbers. */
-static int print_rank(const struct config *config, const struct model_dims *dims, const struct checkpoint *checkpoint,
-                      struct ops *ops, int rank, int n_ranks, size_t memory, bool json, FILE *out, bool *fits)
+/* What printing the plans of ranks needs; no rank is started, a comm is a mere pair of numbers. */
+struct printing {
+    const struct config *config;
+    const struct model_dims *dims;
+    const struct checkpoint *checkpoint;
+    struct ops *ops;
+    int n_ranks;
+    size_t memory;   /* of a rank as given; 0: this host's */
+    int64_t n_pages; /* of every rank's pool, the least of all; 0: not known yet */
+    bool json, fits;
+    FILE *out; /* NULL: only the pages are wanted */
+};
+
+static int plan_rank(struct printing *p, int rank)
 {
-    struct comm comm = {.rank = rank, .size = n_ranks, .local_rank = rank, .local_size = n_ranks};
+    struct comm comm = {.rank = rank, .size = p->n_ranks, .local_rank = rank, .local_size = p->n_ranks};
     struct resources r;
     struct memory_plan plan;
-    int rc = resources_open(config, dims, ops, &comm, &r);
-    if (!rc) rc = plan_measure(&r, checkpoint, 0, &plan);
-    if (!rc) {
-        if (memory) plan.available = memory;
-        *fits = *fits && plan.total <= plan.available;
-        if (json)
-            print_json(&plan, &r, out);
-        else
-            plan_print_table(&plan, &r, out);
+    int rc = resources_open(p->config, p->dims, p->ops, &comm, &r);
+    if (!rc) rc = plan_measure(&r, p->checkpoint, p->out ? p->n_pages : 0, &plan);
+    if (!rc && !p->out && (!p->n_pages || plan.n_pages < p->n_pages)) p->n_pages = plan.n_pages;
+    if (!rc && p->out) {
+        if (p->memory) plan.available = p->memory;
+        p->fits = p->fits && plan.total <= plan.available;
+        if (p->json) {
+            fputs(rank ? ", " : "", p->out);
+            print_json(&plan, &r, p->out);
+        } else {
+            plan_print_table(&plan, &r, p->out);
+        }
     }
     resources_close(&r);
     return rc;
 }
 
-static int print_ranks(const struct config *config, const struct model_dims *dims, const struct checkpoint *checkpoint,
-                       int n_ranks, size_t memory, bool json, FILE *out)
+static int print_ranks(struct printing *p, FILE *out)
 {
-    struct ops ops;
-    bool fits = true;
-    TRY(ops_open(&ops, "cpu", 0, 1));
-    int rc = OK;
-    if (json) fprintf(out, "{\"ranks\": [");
-    for (int rank = 0; rank < n_ranks && !rc; rank++) {
-        if (json && rank) fprintf(out, ", ");
-        rc = print_rank(config, dims, checkpoint, &ops, rank, n_ranks, memory, json, out, &fits);
+    for (int rank = 0; rank < p->n_ranks; rank++) TRY(plan_rank(p, rank));
+    p->out = out;
+    if (p->json) fprintf(out, "{\"ranks\": [");
+    for (int rank = 0; rank < p->n_ranks; rank++) TRY(plan_rank(p, rank));
+    if (p->json) {
+        fprintf(out, "], \"fits\": %s}\n", p->fits ? "true" : "false");
+        return OK;
     }
-    if (json && !rc)
-        fprintf(out, "], \"fits\": %s}\n", fits ? "true" : "false");
-    else if (!rc)
-        fprintf(out, fits ? "it fits\n"
-                          : "it does not fit: use more ranks, or lower max_num_seqs, max_model_len, "
-                            "max_num_batched_tokens or kv_cache_memory_bytes\n");
-    ops_close(&ops);
-    if (!rc && !fits && !json) FAIL(ERR_NOMEM, "the plan exceeds the memory of at least one rank");
-    return rc;
+    if (!p->fits)
+        FAIL(ERR_NOMEM, "the plan exceeds the memory of a rank: use more ranks, or lower max_num_seqs, max_model_len, "
+                        "max_num_batched_tokens or kv_cache_memory_bytes");
+    fprintf(out, "it fits\n");
+    return OK;
 }
 
 int plan_print(const struct config *config, int n_ranks, double gpu_memory_gib, bool json, FILE *out)
 {
     struct model_dims dims;
+    struct ops ops = {.vt = NULL};
     struct checkpoint *checkpoint = NULL;
     if (n_ranks < 1) FAIL(ERR_CONFIG, "--gpus %d: expected at least 1", n_ranks);
     TRY(model_dims_load(config->model, &dims));
     if (config->load_format != CONFIG_LOAD_DUMMY) TRY(checkpoint_open(config->model, &checkpoint));
-    int rc = print_ranks(config, &dims, checkpoint, n_ranks, (size_t)(gpu_memory_gib * 1073741824.0), json, out);
+    struct printing p = {.config = config,
+                         .dims = &dims,
+                         .checkpoint = checkpoint,
+                         .ops = &ops,
+                         .n_ranks = n_ranks,
+                         .memory = (size_t)(gpu_memory_gib * 1073741824.0),
+                         .json = json,
+                         .fits = true};
+    int rc = ops_open(&ops, "cpu", 0, 1);
+    if (!rc) rc = print_ranks(&p, out);
+    ops_close(&ops);
     checkpoint_close(checkpoint);
     return rc;
 }
