@@ -94,8 +94,9 @@ static int read_numbers(const struct gguf *g, const char *key, enum gguf_type ty
 {
     struct gguf_array array;
     TRY(gguf_array(g, key, type, or_type, &array));
-    if (array.n == 0 && !gguf_has(g, key)) return OK;
-    if (array.n != n) FAIL(ERR_FORMAT, "%s: %s has %" PRId64 " entries for %d tokens", gguf_path(g), key, array.n, n);
+    if (!gguf_has(g, key)) return OK;
+    if (n < 1 || array.n != n)
+        FAIL(ERR_FORMAT, "%s: %s has %" PRId64 " entries for %d tokens", gguf_path(g), key, array.n, n);
     void *copy = malloc((size_t)n * 4);
     if (!copy) FAIL(ERR_NOMEM, "%s: out of memory", gguf_path(g));
     memcpy(copy, array.data, (size_t)n * 4);

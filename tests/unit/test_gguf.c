@@ -3,10 +3,10 @@
 #include "model/gguf.h"
 
 #include "base/file.h"
-#include "check.h"
 #include "model/gguf_llama.h"
 #include "model/gguf_vocab.h"
 #include "model_files.h"
+#include "tests/check.h"
 
 static int parse(const struct bytes *b, struct gguf **g)
 {
@@ -399,6 +399,25 @@ static void test_vocab(void)
     gguf_close(g);
 }
 
+static void test_smollm2(void)
+{
+    const char *path = SOURCE_DIR "/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+    struct tokenizer *t = NULL;
+    char *chat_template = NULL;
+    if (access(path, R_OK)) {
+        fprintf(stderr, "skipped: %s is not there (launch/get-model smollm2 fetches it)\n", path);
+        return;
+    }
+    CHECK_OK(gguf_vocab_open_tokenizer(path, &t));
+    CHECK(t && tokenizer_size(t) == 49152 && tokenizer_find(t, "<|im_start|>") == 1 && tokenizer_eos(t) == 2);
+    tokenizer_close(t);
+    CHECK_OK(gguf_vocab_chat_template(path, &chat_template));
+    CHECK(chat_template && strstr(chat_template, "<|im_start|>") != NULL);
+    free(chat_template);
+    CHECK_OK(gguf_vocab_chat_template(SOURCE_DIR "/tests/data/checkpoint/small.gguf", &chat_template));
+    CHECK(chat_template == NULL);
+}
+
 int main(void)
 {
     return check_run("gguf", (struct check_case[]){{"every value type, both versions", test_right},
@@ -410,5 +429,6 @@ int main(void)
                                                    {"a header longer than the first read", test_long_header},
                                                    {"names and rows of llama", test_names},
                                                    {"vocabulary", test_vocab},
+                                                   {"vocabulary of SmolLM2", test_smollm2},
                                                    {0}});
 }
