@@ -51,7 +51,12 @@ const char *status_name(int code);
  * 2 usage or configuration, 3 model or other input, 4 device or memory, 5 communicator or peer, 6 bug. */
 int status_exit_code(int code);
 
-#define FAIL(code, ...) return status_set((code), __FILE__, __LINE__, __VA_ARGS__)
+/* Records the message and returns the code from the calling function. */
+#define FAIL(code, ...)                                                                                                \
+    do {                                                                                                               \
+        status_set((code), __FILE__, __LINE__, __VA_ARGS__);                                                           \
+        return (code);                                                                                                 \
+    } while (0)
 #define TRY(call)                                                                                                      \
     do {                                                                                                               \
         int try_rc = (call);                                                                                           \

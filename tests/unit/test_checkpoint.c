@@ -5,7 +5,7 @@
 #include <sys/stat.h>
 
 #include "base/file.h"
-#include "check.h"
+#include "tests/check.h"
 #include "model/dequant.h"
 #include "model_files.h"
 

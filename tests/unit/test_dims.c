@@ -2,7 +2,7 @@
 #include "model/dims.h"
 
 #include "base/json.h"
-#include "check.h"
+#include "tests/check.h"
 #include "model_files.h"
 
 static double number(const cJSON *want, const char *key)

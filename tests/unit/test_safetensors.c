@@ -4,7 +4,7 @@
 #include <fcntl.h>
 
 #include "base/file.h"
-#include "check.h"
+#include "tests/check.h"
 #include "model_files.h"
 
 #define TENSOR(name, dtype, shape, offsets)                                                                            \
