@@ -145,6 +145,31 @@ static int decode_token(const struct decoder *d, struct tokenizer_encoder *e, st
     return OK;
 }
 
+static int set_piece(struct tokenizer *t, int32_t id, const struct tokenizer_buffer *piece, const char *what)
+{
+    if (piece->size > TOKENIZER_MAX_TOKEN)
+        FAIL(ERR_FORMAT, "%s: token %d decodes to %zu bytes; at most %d", what, id, piece->size, TOKENIZER_MAX_TOKEN);
+    return tokenizer__set_piece(t, id, piece->data, piece->size);
+}
+
+/* Added tokens that are sought in normalized text decode from what the normalizer makes of them. */
+static int decode_normalized(struct tokenizer *t, const struct decoder *d, struct tokenizer_encoder *e,
+                             struct tokenizer_buffer *a, struct tokenizer_buffer *b, const char *what)
+{
+    for (int32_t i = 0; i < t->n_added; i++) {
+        int32_t id = t->added[i].id;
+        const char *text;
+        size_t size;
+        if (!t->added[i].normalized) continue;
+        TRY(tokenizer__normalize(e, tokenizer__text(t, id), t->token[id].size, &text, &size));
+        a->size = 0;
+        TRY(tokenizer__append(a, text, size));
+        TRY(decode_token(d, e, a, b));
+        TRY(set_piece(t, id, a, what));
+    }
+    return OK;
+}
+
 static int decode_all(struct tokenizer *t, const struct decoder *d, struct tokenizer_encoder *e,
                       struct tokenizer_buffer *a, struct tokenizer_buffer *b, const char *what)
 {
@@ -153,11 +178,9 @@ static int decode_all(struct tokenizer *t, const struct decoder *d, struct token
         a->size = 0;
         TRY(tokenizer__append(a, tokenizer__text(t, id), t->token[id].size));
         TRY(decode_token(d, e, a, b));
-        if (a->size > TOKENIZER_MAX_TOKEN)
-            FAIL(ERR_FORMAT, "%s: token %d decodes to %zu bytes; at most %d", what, id, a->size, TOKENIZER_MAX_TOKEN);
-        TRY(tokenizer__set_piece(t, id, a->data, a->size));
+        TRY(set_piece(t, id, a, what));
     }
-    return OK;
+    return decode_normalized(t, d, e, a, b, what);
 }
 
 int tokenizer__json_decoder(struct tokenizer *t, const cJSON *node, const char *what)

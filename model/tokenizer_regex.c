@@ -9,6 +9,7 @@
 
 #include "base/utf8.h"
 #include "model/tokenizer_internal.h"
+#include "model/tokenizer_regex_tables.h"
 
 struct tokenizer_regex {
     pcre2_code *code; /* NULL: literal */
@@ -17,22 +18,6 @@ struct tokenizer_regex {
     char pattern[120]; /* for messages, cut */
 };
 
-/* Letters, numbers and punctuation of Unicode 15 and 16, for PCRE2 releases whose tables end at 14. */
-#define NEW_LETTERS                                                                                                    \
-    "\\x{1c89}\\x{1c8a}\\x{a7cb}-\\x{a7cd}\\x{a7da}-\\x{a7dc}\\x{105c0}-\\x{105f3}\\x{10d4a}-\\x{10d65}"               \
-    "\\x{10d6f}-\\x{10d85}\\x{10ec2}-\\x{10ec4}\\x{1123f}\\x{11240}\\x{11380}-\\x{11389}\\x{1138b}\\x{1138e}"          \
-    "\\x{11390}-\\x{113b5}\\x{113b7}\\x{113d1}\\x{113d3}\\x{11bc0}-\\x{11be0}\\x{11f02}\\x{11f04}-\\x{11f10}"          \
-    "\\x{11f12}-\\x{11f33}\\x{1342f}\\x{13441}-\\x{13446}\\x{13460}-\\x{143fa}\\x{16100}-\\x{1611d}"                   \
-    "\\x{16d40}-\\x{16d6c}\\x{18cff}\\x{1b132}\\x{1b155}\\x{1df25}-\\x{1df2a}\\x{1e030}-\\x{1e06d}"                    \
-    "\\x{1e4d0}-\\x{1e4eb}\\x{1e5d0}-\\x{1e5ed}\\x{1e5f0}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"
-#define NEW_DIGITS                                                                                                     \
-    "\\x{10d40}-\\x{10d49}\\x{116d0}-\\x{116e3}\\x{11bf0}-\\x{11bf9}\\x{11f50}-\\x{11f59}\\x{16130}-\\x{16139}"        \
-    "\\x{16d70}-\\x{16d79}\\x{1ccf0}-\\x{1ccf9}\\x{1e4f0}-\\x{1e4f9}\\x{1e5f1}-\\x{1e5fa}"
-#define NEW_NUMBERS NEW_DIGITS "\\x{1d2c0}-\\x{1d2d3}"
-#define NEW_PUNCTUATION                                                                                                \
-    "\\x{1b4e}\\x{1b4f}\\x{1b7f}\\x{10d6e}\\x{113d4}\\x{113d5}\\x{113d7}\\x{113d8}\\x{11b00}-\\x{11b09}"               \
-    "\\x{11be1}\\x{11f43}-\\x{11f4f}\\x{16d6d}-\\x{16d6f}\\x{1e5ff}"
-
 /* One item of the source language: its spelling, and its members as they may stand inside a class. `negated` ones are
  * written [^...] outside a class and have no spelling inside one, unless `inside` says so. */
 struct item {
@@ -40,21 +25,28 @@ struct item {
     bool negated;
     const char *inside;
 };
+#define CATEGORY(name, more)                                                                                           \
+    {"\\p{" name "}", "\\p{" name "}" more, false, NULL}, {"\\P{" name "}", "\\p{" name "}" more, true, NULL},         \
+    {                                                                                                                  \
+        "\\p{^" name "}", "\\p{" name "}" more, true, NULL                                                             \
+    }
 static const struct item items[] = {
-    {"\\p{L}", "\\p{L}" NEW_LETTERS, false, NULL},
-    {"\\p{N}", "\\p{N}" NEW_NUMBERS, false, NULL},
-    {"\\p{P}", "\\p{P}" NEW_PUNCTUATION, false, NULL},
-    {"\\P{L}", "\\p{L}" NEW_LETTERS, true, NULL},
-    {"\\P{N}", "\\p{N}" NEW_NUMBERS, true, NULL},
-    {"\\P{P}", "\\p{P}" NEW_PUNCTUATION, true, NULL},
-    {"\\p{^L}", "\\p{L}" NEW_LETTERS, true, NULL},
-    {"\\p{^N}", "\\p{N}" NEW_NUMBERS, true, NULL},
+    CATEGORY("L", NEW_LETTERS),
+    CATEGORY("Lu", NEW_UPPERCASE),
+    CATEGORY("Ll", NEW_LOWERCASE),
+    CATEGORY("Lm", NEW_MODIFIERS),
+    CATEGORY("Lo", NEW_OTHER_LETTERS),
+    CATEGORY("M", NEW_MARKS),
+    CATEGORY("N", NEW_NUMBERS),
+    CATEGORY("Nd", NEW_DIGITS),
+    CATEGORY("P", NEW_PUNCTUATION),
+    CATEGORY("S", NEW_SYMBOLS),
     {"\\s", "\\p{White_Space}", false, NULL},
     {"\\S", "\\p{White_Space}", true, "\\P{White_Space}"},
     {"\\d", "\\p{Nd}" NEW_DIGITS, false, NULL},
     {"\\D", "\\p{Nd}" NEW_DIGITS, true, NULL},
-    {"\\w", "\\p{Alphabetic}\\p{M}\\p{N}\\p{Pc}" NEW_LETTERS NEW_NUMBERS, false, NULL},
-    {"\\W", "\\p{Alphabetic}\\p{M}\\p{N}\\p{Pc}" NEW_LETTERS NEW_NUMBERS, true, NULL},
+    {"\\w", "\\p{Alphabetic}\\p{M}\\p{N}\\p{Pc}" NEW_LETTERS NEW_MARKS NEW_NUMBERS, false, NULL},
+    {"\\W", "\\p{Alphabetic}\\p{M}\\p{N}\\p{Pc}" NEW_LETTERS NEW_MARKS NEW_NUMBERS, true, NULL},
     {"\\h", "0-9a-fA-F", false, NULL},
     {"\\H", "0-9a-fA-F", true, NULL},
     {"\\v", "\\x0b", false, NULL},
