@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "base/log.h"
 #include "runtime/batch_internal.h"
 
 enum { MANY_LINES = 4096 /* read at most so many between two engine steps: finished ones go by fast */ };
@@ -113,6 +112,7 @@ static void on_done(void *arg, const struct completion *completion)
         batch__put_answer(&b->record, item, b->builder, completion);
         rc = write_record(b);
         b->result->n_answered += !rc;
+        b->result->generated_tokens += completion->n_tokens;
     } else if (!b->stopping) {
         rc = status_set(ERR_BUG, __FILE__, __LINE__, "line %" PRId64 ": the engine ended the request without an answer",
                         item->line);
@@ -158,6 +158,7 @@ static int submit(struct batch *b)
 
 /* ---- the run ---- */
 
+/* So far, tokens of answers under way included. */
 static int64_t generated(const struct batch *b)
 {
     struct engine_counters counters;
@@ -218,19 +219,6 @@ static int open_parts(struct batch *b)
     return batch__pool_open(b->builder, n_threads(b->options), &b->pool);
 }
 
-static void report(const struct batch *b)
-{
-    const struct batch_result *r = b->result;
-    char text[256];
-    if (!b->options->progress) return;
-    log_line(LOG_INFO, "batch: %s, %.1f s; output %s",
-             batch__progress_text(r, -1, r->seconds, r->generated_tokens, text, sizeof text), r->seconds,
-             b->options->output);
-    if (r->stop_signal)
-        log_line(LOG_WARNING, "batch: stopped by signal %d (%s) before the end; --resume goes on with %s",
-                 r->stop_signal, strsignal(r->stop_signal), b->options->output);
-}
-
 int batch_run(struct engine *engine, const struct prompt_builder *builder, const struct batch_options *options,
               struct batch_result *result)
 {
@@ -255,8 +243,6 @@ int batch_run(struct engine *engine, const struct prompt_builder *builder, const
     batch__input_close(&b.input);
     batch__ids_free(&b.ids);
     output_free(&b.record);
-    result->generated_tokens = generated(&b);
     result->seconds = clock_seconds() - b.progress.start;
-    if (!rc) report(&b);
     return rc;
 }

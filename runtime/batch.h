@@ -31,7 +31,7 @@ struct batch_result {
     int64_t n_failed;         /* error records written by this run */
     int64_t n_skipped;        /* lines found finished in the output */
     int64_t n_failed_before;  /* error records among what the output had */
-    int64_t generated_tokens; /* of this run */
+    int64_t generated_tokens; /* of this run's answers */
     int stop_signal;          /* not 0: stopped by it before the end; resumable */
     double seconds;           /* of this run */
 };

@@ -86,10 +86,11 @@ int batch__output_open(struct batch_output *out, const struct batch_options *opt
 static int mark_record(const struct batch_output *out, const struct batch_line *line, struct batch_ids *ids,
                        struct batch_result *result)
 {
-    cJSON *record;
+    /* Not json_parse: it refuses the zero bytes that a model may have put into its text. */
+    cJSON *record = line->too_long ? NULL : cJSON_ParseWithLength(line->text, line->size);
     char *quoted = NULL;
     unsigned before;
-    if (line->too_long || json_parse(line->text, line->size, out->path, &record))
+    if (!record)
         FAIL(ERR_FORMAT, "%s: line %" PRId64 " is no record of a batch job: this output cannot be resumed", out->path,
              line->number);
     const cJSON *id = json_get(record, "custom_id"), *number = json_get(record, "line");

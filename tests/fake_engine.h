@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/hash.h"
 #include "runtime/engine.h"
@@ -17,7 +18,7 @@ struct engine {
     int max_queued;           /* requests it takes before ERR_FULL */
     int fail_after, n_steps;  /* engine_step fails then, if not 0 */
     int refuse_prompt_tokens; /* engine_submit: ERR_REQUEST for prompts longer than this, if not 0 */
-    bool aborting;
+    bool zero_byte;           /* answers end in one */
     struct policy_config policy;
     int n, n_submitted, n_finished, most;
     struct fake_running {
@@ -52,7 +53,7 @@ static inline void fake_finish(struct engine *e, int i, enum finish_reason reaso
     int image_tokens = 0;
     for (int k = 0; k < r.request.n_images; k++) image_tokens += r.request.spans[k].end - r.request.spans[k].start;
     struct completion c = {.text = text,
-                           .text_size = strlen(text),
+                           .text_size = strlen(text) + e->zero_byte,
                            .tokens = tokens,
                            .n_tokens = 3,
                            .finish_reason = reason,
@@ -82,6 +83,7 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
 
 int engine_step(struct engine *e, int *active)
 {
+    if (e->step_microseconds) usleep(e->step_microseconds);
     if (e->fail_after && ++e->n_steps >= e->fail_after) FAIL(ERR_PEER, "rank 1 died");
     for (int i = e->n - 1; i >= 0; i--) {
         e->counters.decode_tokens++;

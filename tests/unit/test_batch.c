@@ -8,6 +8,7 @@
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/file.h"
@@ -128,7 +129,7 @@ static void test_answers(void)
     unlink(output);
     CHECK_OK(run(false, &r));
     CHECK(r.n_lines == 21 && r.n_answered == 21 && !r.n_failed && !r.n_skipped && !r.stop_signal);
-    CHECK(engine.most <= 6 && r.generated_tokens > 21);
+    CHECK(engine.most <= 6 && r.generated_tokens == 63);
     cJSON **record = records(&n_records);
     CHECK(n_records == 21);
     for (int i = 0; i < n_records; i++) {
@@ -396,6 +397,42 @@ static void test_signal(void)
     free(text);
 }
 
+/* kill -9 at any moment, again and again: in the end every line has one record. */
+static void test_killed(void)
+{
+    enum { LINES = 300 };
+    char *text = malloc(LINES * 256);
+    bool seen[LINES] = {false};
+    int n = 0, n_records, status = 1, rounds = 0;
+    for (int i = 0; i < LINES; i++) n += add_line(text + n, i);
+    write_file(input, text, (size_t)n);
+    unlink(output);
+    for (; status && rounds < 500; rounds++) {
+        pid_t child = fork();
+        if (child == 0) {
+            struct batch_result r;
+            memset(&engine, 0, sizeof engine);
+            engine.max_queued = 6;
+            engine.step_microseconds = 500;
+            struct batch_options options = {.input = input, .output = output, .resume = true};
+            _exit(batch_run(&engine, builder, &options, &r) != OK);
+        }
+        usleep(3000 + (useconds_t)(rounds * 7919 % 40000));
+        kill(child, SIGKILL);
+        waitpid(child, &status, 0);
+    }
+    CHECK(status == 0 && rounds > 2);
+    cJSON **record = records(&n_records);
+    CHECK(n_records == LINES);
+    for (int i = 0; i < n_records; i++) {
+        int k = atoi(json_get(record[i], "custom_id")->valuestring + 2);
+        CHECK(k >= 0 && k < LINES && !seen[k]);
+        if (k >= 0 && k < LINES) seen[k] = true;
+    }
+    records_free(record, n_records);
+    free(text);
+}
+
 static void test_engine_failures(void)
 {
     struct batch_result r;
@@ -423,6 +460,27 @@ static void test_engine_failures(void)
     engine.refuse_prompt_tokens = 1;
     CHECK_OK(batch_run(&engine, builder, &options, &r));
     CHECK(r.n_failed == 20 && !r.n_answered);
+}
+
+/* A zero byte in an answer is JSON's \u0000, and resuming reads it. */
+static void test_zero_byte(void)
+{
+    struct batch_result r;
+    char line[512], *text;
+    size_t size;
+    add_line(line, 1);
+    write_text(input, line);
+    unlink(output);
+    memset(&engine, 0, sizeof engine);
+    engine.max_queued = 1;
+    engine.zero_byte = true;
+    struct batch_options options = {.input = input, .output = output, .n_threads = -1};
+    CHECK_OK(batch_run(&engine, builder, &options, &r));
+    CHECK_OK(file_read_all(output, 1 << 20, &text, &size));
+    CHECK(strstr(text, "\\u0000\"}") != NULL);
+    free(text);
+    CHECK_OK(run(true, &r));
+    CHECK(r.n_skipped == 1 && !r.n_answered);
 }
 
 /* A file that may not grow stands for a full disk: the job ends with a message, what is there is whole, and it goes on.
@@ -559,7 +617,9 @@ int main(void)
                                                     {"locked output", test_lock},
                                                     {"lock let go in time", test_lock_waits},
                                                     {"stopped by a signal", test_signal},
+                                                    {"killed again and again", test_killed},
                                                     {"engine failures", test_engine_failures},
+                                                    {"a zero byte in an answer", test_zero_byte},
                                                     {"disk full", test_disk_full},
                                                     {"input from a pipe", test_pipe},
                                                     {"100,000 lines", test_many_lines},

@@ -321,6 +321,12 @@ static void test_hostile_images(void)
     }
     CHECK_OK(with_url(PAGE, &r));
     request_free(&r);
+    /* A grey pixel, inline: a PNG of 1x1. */
+    CHECK_OK(with_url("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCB"
+                      "d81ytgAAAABJRU5ErkJggg==",
+                      &r));
+    CHECK(r.n_images == 1 && r.pixels && r.pixels[0] == r.pixels[r.pixel_bytes - 1]);
+    request_free(&r);
 }
 
 static void test_lengths(void)
