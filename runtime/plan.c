@@ -46,11 +46,12 @@ struct step_limits plan_step_limits(const struct config *c, const struct model_d
 {
     int images = resources_max_images(c, dims);
     size_t side = dims->family == MODEL_LLAVA ? (size_t)dims->vision.image_size : 0;
-    int spans = c->max_num_seqs > images ? c->max_num_seqs : images;
-    /* A sequence's whole prompt comes with its first rows, so one long prompt may exceed the chunk. */
+    /* A sequence's whole prompt comes with its first rows beside the rows themselves, and one prompt may exceed them.
+     */
+    int ids = 2 * c->max_num_batched_tokens + c->max_model_len;
     return (struct step_limits){.max_seqs = c->max_num_seqs,
-                                .max_ids = 2 * c->max_num_batched_tokens + c->max_model_len,
-                                .max_spans = spans + c->max_model_len / 16,
+                                .max_ids = ids,
+                                .max_spans = images ? ids / dims->vision.n_image_tokens + 1 : 0,
                                 .max_images = images,
                                 .image_bytes = side * side * 3};
 }

@@ -217,6 +217,8 @@ static void draft_prefill(struct scheduler *s)
     for (int i = 0; s->room > 0; i++) {
         if (i == s->n_prefilling && !admit(s)) return;
         if (!draft_chunk(s, &s->slots[s->prefilling[i]])) return;
+        /* Only the last prompt of a step may be cut, so a message never carries more than one prompt's ids to spare. */
+        if (!s->chunk[s->head.n_chunks - 1].ends) return;
     }
 }
 
