@@ -72,8 +72,8 @@ int sequence_push(struct sequence *seq, const struct sequence_facts *facts, int3
     store_logprobs(seq, logprob, logprob_token);
     seq->tokens[seq->n_tokens++] = token;
     if (ends_generation(seq, facts, token)) return sequence_complete(seq, facts, FINISH_STOP);
-    TRY(text_stream_push(&seq->stream, token, &stopped));
-    if (stopped && seq->n_tokens >= seq->request.min_tokens) return sequence_complete(seq, facts, FINISH_STOP);
+    TRY(text_stream_push(&seq->stream, token, seq->n_tokens >= seq->request.min_tokens, &stopped));
+    if (stopped) return sequence_complete(seq, facts, FINISH_STOP);
     if (seq->n_tokens == seq->request.max_tokens) return sequence_complete(seq, facts, FINISH_LENGTH);
     show(seq, false);
     return OK;

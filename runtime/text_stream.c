@@ -54,7 +54,7 @@ static bool cut_at_stop(struct text_stream *s, size_t new_bytes)
     return true;
 }
 
-int text_stream_push(struct text_stream *s, int32_t id, bool *stopped)
+int text_stream_push(struct text_stream *s, int32_t id, bool may_stop, bool *stopped)
 {
     *stopped = false;
     if (!s->has_text) return OK;
@@ -62,7 +62,7 @@ int text_stream_push(struct text_stream *s, int32_t id, bool *stopped)
     size_t n = token_stream_push(&s->tokens, id, s->text + s->size);
     s->size += n;
     s->text[s->size] = 0;
-    if (n) *stopped = cut_at_stop(s, n);
+    if (n && may_stop) *stopped = cut_at_stop(s, n);
     return OK;
 }
 

@@ -24,9 +24,9 @@ int text_stream_begin(struct text_stream *stream, const struct tokenizer *tokeni
                       const struct request *request) MUST_CHECK;
 void text_stream_end(struct text_stream *stream);
 
-/* text_stream_push - appends a token; *stopped becomes true when a stop string is complete: the text then ends before
- * it (or after it with include_stop). */
-int text_stream_push(struct text_stream *stream, int32_t id, bool *stopped) MUST_CHECK;
+/* text_stream_push - appends a token; *stopped becomes true when it completes a stop string: the text then ends before
+ * it (or after it with include_stop). may_stop false: the answer is too short to end, stop strings are text. */
+int text_stream_push(struct text_stream *stream, int32_t id, bool may_stop, bool *stopped) MUST_CHECK;
 
 /* text_stream_finish - no more tokens: what was held back belongs to the text. */
 int text_stream_finish(struct text_stream *stream) MUST_CHECK;
