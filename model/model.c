@@ -30,6 +30,8 @@ struct model {
     int32_t *host_slot;  /* [S] the same for slots */
     int32_t *n_keep;     /* [KV heads] tokens to keep, host */
     int n_rows;
+    void (*watch)(void *arg, struct tensor logits);
+    void *watch_arg;
 };
 
 /* ---- opening and sizes ---- */
@@ -86,6 +88,12 @@ const struct policy_layer *model_layers(const struct model *m) { return m->layer
 int model_lanes(const struct model *m) { return m->weights.lanes; }
 
 double model_vision_seconds(const struct model *m) { return m->vision_seconds; }
+
+void model_watch_logits(struct model *m, void (*watch)(void *arg, struct tensor logits), void *arg)
+{
+    m->watch = watch;
+    m->watch_arg = arg;
+}
 
 static int max_int(int a, int b) { return a > b ? a : b; }
 
@@ -261,7 +269,7 @@ static int sample_rows(struct model *m, struct tensor rows, const int32_t *slot,
         gathered = tensor_rows(gathered, 0, n * m->tp.comm->size);
     }
     TRY(tp_lm_head(&m->tp, logits, local, gathered, rows, m->weights.lm_head));
-    if (m->options.on_logits) m->options.on_logits(m->options.on_logits_arg, logits);
+    if (m->watch) m->watch(m->watch_arg, logits);
     return ops_sample(m->ops, logits, slot, sampling);
 }
 

@@ -23,10 +23,6 @@ struct model_options {
     int max_images;          /* images of one step */
     enum dtype weight_dtype; /* of matrices; DTYPE_N: as in the checkpoint */
     float pixel_scale[3], pixel_shift[3];
-    /* For tests against a reference: sees each call's logits [rows, vocab] float32, device, before sampling; or NULL.
-     */
-    void (*on_logits)(void *arg, struct tensor logits);
-    void *on_logits_arg;
 };
 
 /* One step's prompt rows. */
@@ -80,6 +76,10 @@ int model_decode(struct model *model, const int32_t *slot, int n, const struct k
 /* model_begin_sequence - uploads the prompt's ids for penalties and sets a slot's sampling state. */
 int model_begin_sequence(struct model *model, int slot, const int32_t *ids, int n, const struct sampling_params *params,
                          const struct sampling_state *sampling) MUST_CHECK;
+
+/* model_watch_logits - for tests against a reference: `watch` sees each call's logits [rows, vocab] float32, device,
+ * before sampling: a prompt's row in the order of the prompts that end, then a row a decoding slot. NULL: nobody. */
+void model_watch_logits(struct model *model, void (*watch)(void *arg, struct tensor logits), void *arg);
 
 /* model_vision_seconds - time spent in the vision tower since the open, as the host saw it. */
 double model_vision_seconds(const struct model *model);
