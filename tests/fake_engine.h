@@ -19,6 +19,7 @@ struct engine {
     int fail_after, n_steps;  /* engine_step fails then, if not 0 */
     int refuse_prompt_tokens; /* engine_submit: ERR_REQUEST for prompts longer than this, if not 0 */
     bool zero_byte;           /* answers end in one */
+    unsigned step_microseconds;
     struct policy_config policy;
     int n, n_submitted, n_finished, most;
     struct fake_running {
