@@ -103,17 +103,6 @@ static int encode_text(struct tokenizer_encoder *e, const char *text, size_t siz
     }
 }
 
-static bool is_valid(const char *text, size_t size)
-{
-    for (size_t i = 0; i < size;) {
-        uint32_t code;
-        size_t n = utf8_next(text + i, size - i, &code);
-        if (code == 0xfffd && (n != 3 || memcmp(text + i, "\xef\xbf\xbd", 3))) return false;
-        i += n;
-    }
-    return true;
-}
-
 static int replace_invalid(const char *text, size_t size, struct tokenizer_buffer *out)
 {
     TRY(tokenizer__reserve(out, 3 * size));
@@ -131,7 +120,7 @@ static int encode(struct tokenizer_encoder *e, const char *text, size_t size, st
 {
     const struct tokenizer *t = e->t;
     bool special = (e->flags & TOKENIZER_ADD_SPECIAL) != 0;
-    if (!is_valid(text, size)) {
+    if (!tokenizer__is_utf8(text, size)) {
         TRY(replace_invalid(text, size, clean));
         text = clean->data;
         size = clean->size;

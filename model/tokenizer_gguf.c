@@ -5,7 +5,6 @@
  * expressions, are as llama.cpp has them for these names; a name it does not list is refused. */
 #include <stdlib.h>
 
-#include "base/utf8.h"
 #include "model/tokenizer_internal.h"
 
 #define META "\xe2\x96\x81" /* U+2581 */
@@ -101,17 +100,6 @@ static int set_piece(struct tokenizer *t, int32_t id, int type, struct tokenizer
     return tokenizer__set_piece(t, id, piece->data, piece->size);
 }
 
-static bool is_utf8(const char *text, size_t size)
-{
-    for (size_t i = 0; i < size;) {
-        uint32_t code;
-        size_t n = utf8_next(text + i, size - i, &code);
-        if (code == 0xfffd && n != 3) return false;
-        i += n;
-    }
-    return true;
-}
-
 static int read_token(struct tokenizer *t, const struct tokenizer_vocab *v, int32_t id, const char *what,
                       struct tokenizer_buffer *piece)
 {
@@ -124,7 +112,7 @@ static int read_token(struct tokenizer *t, const struct tokenizer_vocab *v, int3
     bool special = type == TOKENIZER_TYPE_CONTROL || type == TOKENIZER_TYPE_UNKNOWN;
     if (special) t->token[id].flags |= TOKEN_SPECIAL;
     if (!special && type != TOKENIZER_TYPE_USER_DEFINED) return OK;
-    if (!size || !is_utf8(v->token[id], size)) return OK; /* cannot stand in a text */
+    if (!size || !tokenizer__is_utf8(v->token[id], size)) return OK; /* cannot stand in a text */
     return tokenizer__add_token(t, &(struct tokenizer_added){.id = id, .special = special}, what);
 }
 

@@ -22,6 +22,9 @@ struct tokenizer_buffer {
 int tokenizer__reserve(struct tokenizer_buffer *b, size_t more) MUST_CHECK;
 int tokenizer__append(struct tokenizer_buffer *b, const char *bytes, size_t size) MUST_CHECK;
 
+/* PCRE2 is called without its own check: whatever is matched has passed this one. */
+bool tokenizer__is_utf8(const char *text, size_t size);
+
 /* ---- tables: tokenizer_table.c ---- */
 
 enum {

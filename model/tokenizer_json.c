@@ -7,20 +7,7 @@
 
 #include "base/file.h"
 #include "base/json.h"
-#include "base/utf8.h"
 #include "model/tokenizer_internal.h"
-
-static int check_utf8(const char *text, size_t size, const char *what)
-{
-    for (size_t i = 0; i < size;) {
-        uint32_t code;
-        size_t n = utf8_next(text + i, size - i, &code);
-        if (code == 0xfffd && (n != 3 || memcmp(text + i, "\xef\xbf\xbd", 3)))
-            FAIL(ERR_FORMAT, "%s: byte %zu is not UTF-8", what, i);
-        i += n;
-    }
-    return OK;
-}
 
 /* A member that must be absent, null, false, 0 or "". */
 static int check_unused(const cJSON *model, const char *key, const char *what)
@@ -196,7 +183,7 @@ static int read_config(struct tokenizer *t, const char *text, size_t size, const
     char name[512];
     snprintf(name, sizeof name, "%.400s (its tokenizer_config.json)", what);
     cJSON *config = NULL;
-    TRY(check_utf8(text, size, name));
+    if (!tokenizer__is_utf8(text, size)) FAIL(ERR_FORMAT, "%s: not UTF-8", name);
     TRY(json_parse(text, size, name, &config));
     const cJSON *map = json_get(config, "added_tokens_decoder");
     int rc = OK;
@@ -231,7 +218,7 @@ int tokenizer_open_json_memory(const char *json, size_t size, const char *config
                                struct tokenizer **out)
 {
     cJSON *root = NULL;
-    TRY(check_utf8(json, size, what));
+    if (!tokenizer__is_utf8(json, size)) FAIL(ERR_FORMAT, "%s: not UTF-8", what);
     TRY(json_parse(json, size, what, &root));
     struct tokenizer *t = tokenizer__new(TOKENIZER_BPE);
     int rc = t ? fill(t, root, config, config_size, what)

@@ -1,6 +1,6 @@
 /* tokenizer_regex_tables - members that Unicode 15 and 16 added to general categories, spelled as parts of a PCRE2
- * class. PCRE2 releases before 10.43 know Unicode 14 only, while Oniguruma, which tokenizer files are written for, knows
- * 16; a newer PCRE2 is not harmed by them. */
+ * class. PCRE2 releases before 10.43 know Unicode 14 only, while Oniguruma, which tokenizer files are written for,
+ * knows 16; a newer PCRE2 is not harmed by them. */
 #ifndef VITRAIL_MODEL_TOKENIZER_REGEX_TABLES_H
 #define VITRAIL_MODEL_TOKENIZER_REGEX_TABLES_H
 

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "base/tensor.h"
+#include "base/utf8.h"
 #include "model/tokenizer_internal.h"
 
 int tokenizer__reserve(struct tokenizer_buffer *b, size_t more)
@@ -25,6 +26,17 @@ int tokenizer__append(struct tokenizer_buffer *b, const char *bytes, size_t size
     if (size) memcpy(b->data + b->size, bytes, size);
     b->size += size;
     return OK;
+}
+
+bool tokenizer__is_utf8(const char *text, size_t size)
+{
+    for (size_t i = 0; i < size;) {
+        uint32_t code;
+        size_t n = utf8_next(text + i, size - i, &code);
+        if (code == 0xfffd && (n != 3 || memcmp(text + i, "\xef\xbf\xbd", 3))) return false; /* not itself U+FFFD */
+        i += n;
+    }
+    return true;
 }
 
 static uint64_t hash_bytes(const char *text, size_t size)

@@ -34,12 +34,7 @@ static bool streams_as(const struct tokenizer *t, const int32_t *ids, size_t n, 
     for (size_t i = 0; i <= n; i++) {
         size_t k = i < n ? token_stream_push(&stream, ids[i], part) : token_stream_finish(&stream, part);
         if (k > size - done || memcmp(part, text + done, k)) return false;
-        for (size_t at = 0; at < k;) {
-            uint32_t code;
-            size_t step = utf8_next(part + at, k - at, &code);
-            if (code == 0xfffd && step != 3) return false;
-            at += step;
-        }
+        if (!tokenizer__is_utf8(part, k)) return false;
         done += k;
     }
     return done == size;
