@@ -133,7 +133,7 @@ static void put(struct render *r, enum chat_segment_kind kind, const char *text,
     if (last && last->kind == kind && kind != CHAT_IMAGE) {
         last->size += size;
     } else {
-        if (p->n_segments == r->segment_room) {
+        if (!p->segments || p->n_segments == r->segment_room) {
             int room = r->segment_room ? r->segment_room * 2 : 16;
             struct chat_segment *more = realloc(p->segments, (size_t)room * sizeof *more);
             if (!more) {

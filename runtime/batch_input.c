@@ -40,7 +40,7 @@ void batch__input_close(struct batch_input *in)
 static int make_room(struct batch_input *in)
 {
     size_t left = in->to - in->from, want = left + CHUNK;
-    if (in->from) memmove(in->buffer, in->buffer + in->from, left);
+    if (in->buffer && in->from) memmove(in->buffer, in->buffer + in->from, left);
     in->from = 0;
     in->to = left;
     size_t room = in->room;

@@ -61,8 +61,6 @@ static int list_runs(struct eval *e)
     const struct config *config = prompt_config(e->builder);
     const char *policies = e->options->policies ? e->options->policies : config->kv_cache.policy;
     char policy[MAX_ITEM], text[MAX_ITEM];
-    e->runs = calloc(EVAL_MAX_RUNS, sizeof *e->runs);
-    if (!e->runs) FAIL(ERR_NOMEM, "no memory for the runs");
     while (policies) {
         const struct policy_vt *found;
         const char *budgets = e->options->budgets;
@@ -234,6 +232,8 @@ int eval_run(struct engine *engine, const struct prompt_builder *builder, const 
     struct eval e = {.engine = engine, .builder = builder, .options = options, .result = result};
     memset(result, 0, sizeof *result);
     char message[4096];
+    e.runs = calloc(EVAL_MAX_RUNS, sizeof *e.runs);
+    if (!e.runs) FAIL(ERR_NOMEM, "no memory for the runs");
     int rc = run_all(&e);
     snprintf(message, sizeof message, "%s", status_message());
     int aborted = abort_all(&e);

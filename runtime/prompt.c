@@ -38,7 +38,7 @@ static int template_from_json(const char *path, char **out)
                 text = json_get(entry, "template");
         }
     }
-    if (cJSON_IsString(text)) *out = strdup(text->valuestring);
+    if (text && cJSON_IsString(text)) *out = strdup(text->valuestring);
     cJSON_Delete(tree);
     return OK;
 }

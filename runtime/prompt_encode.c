@@ -36,7 +36,7 @@ static int flatten(const struct prompt_builder *b, const struct chat_prompt *p, 
         if (s->start <= p->last_turn && p->last_turn <= s->start + s->size)
             f->last_turn = f->size + (p->last_turn - s->start);
         if (s->kind == CHAT_IMAGE) {
-            memcpy(f->text + f->size, b->image_token, image_size);
+            if (b->image_token) memcpy(f->text + f->size, b->image_token, image_size);
             f->size += image_size;
             continue;
         }
@@ -88,7 +88,7 @@ static int add_plain(struct flat *f, size_t start, size_t end)
         if (end > last->end) last->end = end;
         return OK;
     }
-    if (f->n_plain == f->plain_room) {
+    if (!f->plain || f->n_plain == f->plain_room) {
         int room = f->plain_room ? f->plain_room * 2 : 8;
         struct range *more = realloc(f->plain, (size_t)room * sizeof *more);
         if (!more) FAIL(ERR_NOMEM, "no memory for a prompt");

@@ -63,7 +63,7 @@ static int expand(const struct prompt_builder *b, const int32_t *ids, size_t n, 
 {
     int each = b->dims->vision.n_image_tokens, at = 0, image = 0;
     size_t total = n + (size_t)n_images * (size_t)(n_images ? each - 1 : 0);
-    out->ids = malloc(total * sizeof *out->ids);
+    out->ids = malloc((total + 1) * sizeof *out->ids);
     out->spans = calloc((size_t)n_images + 1, sizeof *out->spans);
     if (!out->ids || !out->spans) FAIL(ERR_NOMEM, "no memory for a prompt of %zu tokens", total);
     for (size_t i = 0; i < n; i++) {

@@ -570,33 +570,6 @@ static void test_many_lines(void)
 #endif
 }
 
-static void test_ids(void)
-{
-    struct batch_ids ids = {0};
-    unsigned before;
-    char id[32];
-    for (int i = 0; i < 50000; i++) {
-        snprintf(id, sizeof id, "\"id-%d\"", i % 25000);
-        CHECK_OK(batch__ids_mark(&ids, batch__key_of_id(id), BATCH_SEEN, &before));
-        if ((before != 0) != (i >= 25000)) CHECK(false);
-    }
-    CHECK(ids.n == 25000 && ids.room < 25000 * 2 && sizeof *ids.slot == 16);
-    CHECK(!batch__ids_get(&ids, batch__key_of_line(1)));
-    CHECK_OK(batch__ids_mark(&ids, batch__key_of_line(1), BATCH_FINISHED, &before));
-    CHECK(batch__ids_get(&ids, batch__key_of_line(1)) == BATCH_FINISHED);
-    batch__ids_free(&ids);
-}
-
-static void test_progress_text(void)
-{
-    struct batch_result r = {.n_answered = 118, .n_failed = 2, .n_skipped = 80};
-    char text[256];
-    batch__progress_text(&r, 1000, 60, 6000, text, sizeof text);
-    CHECK(!strcmp(text, "200 of about 1000 (20%) lines, 2 failed, 2.0 requests/s, 100 tokens/s, 6 min 40 s left"));
-    batch__progress_text(&r, -1, 60, 6000, text, sizeof text);
-    CHECK(!strcmp(text, "200 lines, 2 failed, 2.0 requests/s, 100 tokens/s"));
-}
-
 static void close_builder(void)
 {
     prompt_close(builder);
@@ -608,8 +581,6 @@ static void close_builder(void)
 int main(void)
 {
     return check_run("batch", (struct check_case[]){{"open", open_builder},
-                                                    {"ids", test_ids},
-                                                    {"progress line", test_progress_text},
                                                     {"answers", test_answers},
                                                     {"broken lines", test_bad_lines},
                                                     {"killed at every byte of the output", test_every_cut},
