@@ -75,12 +75,27 @@ int path_join(char *buf, size_t size, const char *dir, const char *name)
     return OK;
 }
 
+int64_t file_number(const char *path, const char *label)
+{
+    char line[256];
+    int64_t number = -1;
+    FILE *f = fopen(path, "r");
+    if (!f) return -1;
+    while (number < 0 && fgets(line, sizeof line, f)) {
+        if (strncmp(line, label, strlen(label)) != 0) continue;
+        char *from = line + strlen(label), *end;
+        long long value = strtoll(from, &end, 10);
+        if (end != from)
+            number = value;
+        else if (!*label)
+            break;
+    }
+    fclose(f);
+    return number;
+}
+
 uint64_t file_bytes_read_by_process(void)
 {
-    FILE *f = fopen("/proc/self/io", "r");
-    uint64_t bytes = 0;
-    if (!f) return 0;
-    if (fscanf(f, "rchar: %" SCNu64, &bytes) != 1) bytes = 0;
-    fclose(f);
-    return bytes;
+    int64_t bytes = file_number("/proc/self/io", "rchar:");
+    return bytes > 0 ? (uint64_t)bytes : 0;
 }

@@ -23,6 +23,10 @@ bool file_exists(const char *path);
 /* path_join - "dir/name" (or name alone if dir is empty) into buf; ERR_ARG if it does not fit. */
 int path_join(char *buf, size_t size, const char *dir, const char *name) MUST_CHECK;
 
+/* file_number - the number that follows `label` on the first line that begins with it, as in /proc's "MemAvailable: 123
+ * kB"; label "": the first number of the file. -1: no such file, line or number ("max"). */
+int64_t file_number(const char *path, const char *label);
+
 /* file_bytes_read_by_process - rchar of /proc/self/io: bytes this process asked the system to read; 0 if unknown. */
 uint64_t file_bytes_read_by_process(void);
 

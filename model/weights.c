@@ -266,10 +266,11 @@ static void check_piece(const struct piece *piece, const struct checkpoint *c, s
 /* Tensors that a table does not read and yet belong: vision layers above the feature layer, a tied head. */
 static bool is_expected(const struct weights_table *t, const char *name)
 {
-    int layer;
+    static const char layers[] = TOWER "encoder.layers.";
     if (checkpoint_name_is_ignored(name)) return true;
     if (!strcmp(name, "lm_head.weight")) return t->dims.tie_word_embeddings;
-    return sscanf(name, TOWER "encoder.layers.%d.", &layer) == 1 && layer < t->dims.vision.n_layers;
+    if (strncmp(name, layers, strlen(layers)) != 0) return false;
+    return strtol(name + strlen(layers), NULL, 10) < t->dims.vision.n_layers;
 }
 
 static int compare_names(const void *a, const void *b)

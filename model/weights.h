@@ -46,21 +46,21 @@ struct weights {
 };
 
 /* weights_open - builds the table for rank `rank` of `tp_size`. Host memory only. weights_close frees it. */
-int weights_open(const struct model_dims *dims, int tp_size, int rank, struct weights *out) MUST_CHECK;
-void weights_close(struct weights *weights);
+int weights_open(const struct model_dims *dims, int tp_size, int rank, struct weights *w) MUST_CHECK;
+void weights_close(struct weights *w);
 
 /* weights_check - holds the table against a checkpoint. Error: ERR_FORMAT with ALL missing, misshapen and unexpected
  * tensors (as many as a message holds, and the number of the rest). */
-int weights_check(const struct weights *weights, const struct checkpoint *checkpoint) MUST_CHECK;
+int weights_check(const struct weights *w, const struct checkpoint *checkpoint) MUST_CHECK;
 
 /* weights_place - takes memory for every parameter (or measures). dtype: of the matrices; DTYPE_N keeps the file's own
  * (checkpoint NULL: the config's); vectors are float32, embeddings of the vision tower `activation`. */
-int weights_place(struct weights *weights, struct arena *arena, const struct checkpoint *checkpoint, enum dtype dtype,
+int weights_place(struct weights *w, struct arena *arena, const struct checkpoint *checkpoint, enum dtype dtype,
                   enum dtype activation) MUST_CHECK;
 
 /* weights_step_bytes, weights_step_elements - matrices that every decode step reads once: all layers and the head. */
-size_t weights_step_bytes(const struct weights *weights);
-int64_t weights_step_elements(const struct weights *weights);
+size_t weights_step_bytes(const struct weights *w);
+int64_t weights_step_elements(const struct weights *w);
 
 /* What a load reports as it goes; called a few times a second. */
 struct load_progress {
@@ -69,12 +69,11 @@ struct load_progress {
 };
 
 /* weights_load - reads this rank's parts of the checkpoint into place through a bounce buffer. */
-int weights_load(struct weights *weights, struct ops *ops, struct checkpoint *checkpoint,
+int weights_load(struct weights *w, struct ops *ops, struct checkpoint *checkpoint,
                  const struct load_progress *progress) MUST_CHECK;
 
 /* weights_fill - random parameters as at initialisation: matrices normal(0, 0.02), norms 1, biases 0; a value depends
  * on (seed, name, row, column) alone, so all ranks together hold the same model for any number of ranks. */
-int weights_fill(struct weights *weights, struct ops *ops, uint64_t seed,
-                 const struct load_progress *progress) MUST_CHECK;
+int weights_fill(struct weights *w, struct ops *ops, uint64_t seed, const struct load_progress *progress) MUST_CHECK;
 
 #endif

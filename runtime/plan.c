@@ -7,39 +7,18 @@
 
 size_t plan_private_bytes(void)
 {
-    FILE *f = fopen("/proc/self/status", "r");
-    char line[256];
-    size_t kib = 0;
-    if (!f) return 0;
-    while (fgets(line, sizeof line, f))
-        if (sscanf(line, "RssAnon: %zu kB", &kib) == 1) break;
-    fclose(f);
-    return kib << 10;
-}
-
-/* One number from a file of /proc or the cgroup; SIZE_MAX if there is none ("max"). */
-static size_t read_number(const char *path)
-{
-    FILE *f = fopen(path, "r");
-    size_t n;
-    if (!f) return SIZE_MAX;
-    if (fscanf(f, "%zu", &n) != 1) n = SIZE_MAX;
-    fclose(f);
-    return n;
+    int64_t kib = file_number("/proc/self/status", "RssAnon:");
+    return kib > 0 ? (size_t)kib << 10 : 0;
 }
 
 size_t plan_available_bytes(void)
 {
-    FILE *f = fopen("/proc/meminfo", "r");
-    char line[256];
-    size_t kib = 0;
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
-    if (f) fclose(f);
-    size_t available = kib << 10;
-    size_t limit = read_number("/sys/fs/cgroup/memory.max"), used = read_number("/sys/fs/cgroup/memory.current");
-    if (limit == SIZE_MAX || used == SIZE_MAX || used > limit) return available;
-    return limit - used < available ? limit - used : available;
+    int64_t kib = file_number("/proc/meminfo", "MemAvailable:");
+    int64_t limit = file_number("/sys/fs/cgroup/memory.max", "");
+    int64_t used = file_number("/sys/fs/cgroup/memory.current", "");
+    size_t available = kib > 0 ? (size_t)kib << 10 : 0;
+    if (limit < 0 || used < 0 || used > limit) return available;
+    return (size_t)(limit - used) < available ? (size_t)(limit - used) : available;
 }
 
 struct step_limits plan_step_limits(const struct config *c, const struct model_dims *dims)

@@ -29,7 +29,7 @@ struct resources {
 /* resources_open - shard plan and sizes for a loaded config and dims; no device memory yet. ops and comm are kept.
  * Errors: ERR_CONFIG where limits and model do not fit together, naming the keys. resources_close accepts half-open. */
 int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
-                   struct resources *out) MUST_CHECK;
+                   struct resources *r) MUST_CHECK;
 void resources_close(struct resources *r);
 
 /* resources_place - takes (or measures) everything, with a pool of n_pages pages. */

@@ -51,6 +51,7 @@ int cpu__ceilings(struct ops *o, size_t weight_bytes, struct ops_ceilings *out)
     ops_memory_give_back(o, w, floats * sizeof *w);
     out->gemm_tflops = 2.0 * GEMM_ROWS * GEMM_SIDE * GEMM_SIDE / gemm * 1e-12;
     out->gemv_gbs = (double)(matrix * sizeof *w) / gemv * 1e-9;
-    out->copy_gbs = 2.0 * (double)(floats / 2 * sizeof *w) / copy * 1e-9;
+    size_t copied = floats / 2 * sizeof *w;
+    out->copy_gbs = 2.0 * (double)copied / copy * 1e-9;
     return OK;
 }

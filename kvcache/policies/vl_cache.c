@@ -22,6 +22,7 @@ struct vl_cache {
 
 static void find_sizes(const struct policy_env *env, struct vl_cache *vl)
 {
+    vl->max_heads = vl->max_kv_heads = 1;
     for (int l = 0; l < env->n_layers; l++) {
         const struct attention_heads *heads = &env->layers[l].heads;
         if (heads->n_heads > vl->max_heads) vl->max_heads = heads->n_heads;
