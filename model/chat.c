@@ -33,7 +33,7 @@ static int choose(const char *jinja, enum model_family family, const struct toke
                   enum chat_template *out)
 {
     if (jinja && from_jinja(jinja, out)) return OK;
-    if (jinja && family != MODEL_LLAVA)
+    if (jinja)
         FAIL(ERR_CONFIG, "the model's chat template is none of those this build has: set chat_template to the one that "
                          "suits the model (llava-1.5, llama-2, llama-3, llama-3.1 or chatml), or use raw prompts");
     if (family == MODEL_LLAVA)

@@ -43,17 +43,19 @@ static int template_from_json(const char *path, char **out)
     return OK;
 }
 
-/* *out is malloc'd, NULL if the model brings none. */
-static int read_template(const char *model_path, char **out)
+/* *out is malloc'd, NULL if the model brings none. The tokenizer's template of a model with a vision tower is its
+ * language model's own, for text alone, and does not count. */
+static int read_template(const char *model_path, enum model_family family, char **out)
 {
     static const char *const files[] = {"chat_template.json", "processor_config.json", "tokenizer_config.json"};
+    int n_files = family == MODEL_LLAVA ? 2 : 3;
     *out = NULL;
     if (model_dims_is_gguf(model_path)) return gguf_vocab_chat_template(model_path, out);
     char path[MAX_PATH];
     size_t size;
     TRY(path_join(path, sizeof path, model_path, "chat_template.jinja"));
     if (file_exists(path)) return file_read_all(path, MAX_CONFIG_FILE, out, &size);
-    for (size_t i = 0; i < sizeof files / sizeof *files && !*out; i++) {
+    for (int i = 0; i < n_files && !*out; i++) {
         TRY(path_join(path, sizeof path, model_path, files[i]));
         TRY(template_from_json(path, out));
     }
@@ -63,7 +65,7 @@ static int read_template(const char *model_path, char **out)
 static int open_chat(struct prompt_builder *b)
 {
     char *jinja;
-    TRY(read_template(b->config->model, &jinja));
+    TRY(read_template(b->config->model, b->dims->family, &jinja));
     int rc = chat_open(&b->chat, b->config->chat_template, jinja, b->dims->family, b->tokenizer);
     free(jinja);
     b->has_chat = rc == OK;

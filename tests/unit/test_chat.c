@@ -170,6 +170,7 @@ static void test_choice(void)
     CHECK(c.template == CHAT_CHATML && !c.default_system);
     CHECK_FAILS(chat_open(&c, "auto", NULL, MODEL_LLAMA, plain), ERR_CONFIG, "set chat_template");
     CHECK_FAILS(chat_open(&c, "auto", "{{ a template of its own }}", MODEL_LLAMA, chatml), ERR_CONFIG, "chat_template");
+    CHECK_FAILS(chat_open(&c, "auto", "[INST] without the rest", MODEL_LLAVA, plain), ERR_CONFIG, "chat_template");
     CHECK_FAILS(chat_open(&c, "vicuna", NULL, MODEL_LLAMA, plain), ERR_CONFIG, "vicuna: expected auto, llava-1.5");
     CHECK_OK(chat_open(&c, "llama-2", NULL, MODEL_LLAMA, plain));
     CHECK(c.template == CHAT_LLAMA_2);

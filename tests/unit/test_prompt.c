@@ -6,6 +6,7 @@
 
 #include "base/file.h"
 #include "base/json.h"
+#include "runtime/prompt_internal.h"
 #include "tests/check.h"
 
 #define MODEL SOURCE_DIR "/models/demo-vlm"
@@ -361,6 +362,62 @@ static void test_lengths(void)
     request_free(&r);
 }
 
+/* A model folder of links to the demo's files, with other files beside them. */
+static void test_template_files(void)
+{
+    static const char *const linked[] = {"tokenizer.json", "preprocessor_config.json"};
+    static const struct {
+        const char *file, *text;
+        int template; /* CHAT_TEMPLATE_N: refused, -1: a broken file */
+    } cases[] = {
+        {"chat_template.jinja", "{{ '<|im_start|>' }}", CHAT_CHATML},
+        {"chat_template.json", "{\"chat_template\":\"<|start_header_id|>\"}", CHAT_LLAMA_3},
+        {"processor_config.json", "{\"chat_template\":\"USER: ASSISTANT:\"}", CHAT_LLAVA_1_5},
+        {"chat_template.json",
+         "{\"chat_template\":[{\"name\":\"tools\",\"template\":\"?\"},{\"name\":\"default\",\"template\":\"[INST] "
+         "<<SYS>>\"}]}",
+         CHAT_LLAMA_2},
+        {"tokenizer_config.json", "{\"chat_template\":\"<|im_start|>\"}", CHAT_LLAVA_1_5}, /* the tower counts */
+        {"chat_template.jinja", "{{ of another kind }}", CHAT_TEMPLATE_N},
+        {"chat_template.json", "{", -1},
+    };
+    char model[64], path[256], target[256];
+    snprintf(model, sizeof model, "%s/test_prompt.XXXXXX", P_tmpdir);
+    CHECK(mkdtemp(model) != NULL);
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", model, linked[i]);
+        snprintf(target, sizeof target, "%s/%s", MODEL, linked[i]);
+        CHECK(symlink(target, path) == 0);
+    }
+    strcpy(config.model, model);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct prompt_builder *b = NULL;
+        snprintf(path, sizeof path, "%s/%s", model, cases[i].file);
+        FILE *f = fopen(path, "w");
+        fputs(cases[i].text, f);
+        fclose(f);
+        if (cases[i].template <0) {
+            CHECK_FAILS(prompt_open(&config, &dims, &b), ERR_FORMAT, "chat_template.json");
+        } else {
+            CHECK_OK(prompt_open(&config, &dims, &b));
+            if (cases[i].template == CHAT_TEMPLATE_N) {
+                CHECK_FAILS(prompt_check_chat(b), ERR_CONFIG, "set chat_template");
+            } else {
+                CHECK_OK(prompt_check_chat(b));
+                CHECK((int)b->chat.template == cases[i].template);
+            }
+        }
+        prompt_close(b);
+        unlink(path);
+    }
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", model, linked[i]);
+        unlink(path);
+    }
+    CHECK(rmdir(model) == 0);
+    strcpy(config.model, MODEL);
+}
+
 static void test_close(void) { prompt_close(builder); }
 
 int main(void)
@@ -374,6 +431,7 @@ int main(void)
                                                      {"messages that are wrong", test_messages},
                                                      {"missing and hostile images", test_hostile_images},
                                                      {"lengths", test_lengths},
+                                                     {"where the template stands", test_template_files},
                                                      {"close", test_close},
                                                      {0}});
 }
