@@ -117,7 +117,7 @@ static double time_chain(struct bench *b, int n, bool with_head)
 {
     double best[MAX_LAYERS + 1], sum = 0;
     const int layers = b->model.n_layers;
-    for (int i = 0; i <= layers; i++) best[i] = 1e9;
+    for (int i = 0; i <= MAX_LAYERS; i++) best[i] = 1e9;
     for (int i = 0; i < b->repeats; i++)
         for (int layer = 0; layer <= layers - !with_head; layer++) {
             double start = now();
@@ -160,7 +160,7 @@ static double time_sgemv(struct bench *b)
     struct tensor x = take(b, tensor_2d(NULL, DTYPE_F32, 1, columns), 1);
     struct tensor y = take(b, tensor_2d(NULL, DTYPE_F32, 1, w.dim[0]), 1);
     double best[MAX_LAYERS + 1], sum = 0;
-    for (int i = 0; i < slices; i++) best[i] = 1e9;
+    for (int i = 0; i <= MAX_LAYERS; i++) best[i] = 1e9;
     for (int i = 0; i < b->repeats; i++)
         for (int slice = 0; slice < slices; slice++) {
             int64_t first = w.dim[0] * slice / slices, end = w.dim[0] * (slice + 1) / slices;
@@ -220,7 +220,7 @@ static struct kv_view take_cache(struct bench *b, int lanes)
 
 static void give_cache_back(struct bench *b, struct kv_view *kv)
 {
-    size_t n = (size_t)(kv->lanes_per_slot * kv->n_slots);
+    size_t n = (size_t)kv->lanes_per_slot * (size_t)kv->n_slots;
     ops_memory_give_back(&b->ops, kv->pool.data, tensor_bytes(kv->pool));
     ops_memory_give_back(&b->ops, kv->page_row, n * (size_t)kv->max_pages * 4);
     ops_memory_give_back(&b->ops, kv->lane_len, n * 4);
@@ -269,7 +269,7 @@ static void report_attention(struct bench *b)
             decode[j] = took < decode[j] ? took : decode[j];
         }
     float *columns = NULL;
-    demand(ops_memory_take(&b->ops, (size_t)(m->n_kv_heads * CONTEXT) * 4, (void **)&columns));
+    demand(ops_memory_take(&b->ops, (size_t)m->n_kv_heads * CONTEXT * 4, (void **)&columns));
     struct attention_probe probe = {
         .n_rows = 64, .first_position = CONTEXT - 64, .threshold = 0.01f, .column_sum = columns};
     for (int i = 0; i < b->repeats; i++) {
@@ -282,11 +282,11 @@ static void report_attention(struct bench *b)
     double lane_bytes = 8.0 * m->n_kv_heads * m->head_dim * CONTEXT;
     printf("  attention of a layer: prefill %d at 0: %.2f ms, %.0f GFLOP/s; at %d: %.2f ms, %.0f GFLOP/s\n", PROMPT,
            prefill * 1e3, flops * PROMPT / 2 / prefill * 1e-9, CONTEXT - PROMPT, late * 1e3,
-           flops * (CONTEXT - PROMPT / 2) / late * 1e-9);
+           flops * (CONTEXT - PROMPT / 2.0) / late * 1e-9);
     printf("    decode over %d: 1 row %.3f ms, %.1f GB/s; %d rows %.2f ms, %.1f GB/s; probe of 64 rows: %.2f ms\n",
            CONTEXT, decode[0] * 1e3, lane_bytes / decode[0] * 1e-9, SEQS, decode[1] * 1e3,
            lane_bytes * SEQS / decode[1] * 1e-9, probe_time * 1e3);
-    ops_memory_give_back(&b->ops, columns, (size_t)(m->n_kv_heads * CONTEXT) * 4);
+    ops_memory_give_back(&b->ops, columns, (size_t)m->n_kv_heads * CONTEXT * 4);
     give_back(b, out);
     give_cache_back(b, &kv);
 }
@@ -319,8 +319,8 @@ static double time_sampling(struct bench *b, float temperature, float top_p, int
     float logprob[8 * (1 + MAX_LOGPROBS)];
     int32_t token[8 * (1 + MAX_LOGPROBS)];
     struct sampling_state state = {
-        params, calloc((size_t)(n * b->model.vocab), 4), next, position, logprob, token, b->model.vocab, n};
-    struct tensor logits = tensor_2d(malloc((size_t)(n * b->model.vocab) * 4), DTYPE_F32, n, b->model.vocab);
+        params, calloc((size_t)n * (size_t)b->model.vocab, 4), next, position, logprob, token, b->model.vocab, n};
+    struct tensor logits = tensor_2d(malloc((size_t)n * (size_t)b->model.vocab * 4), DTYPE_F32, n, b->model.vocab);
     double best = 1e9;
     for (int i = 0; i < n; i++) {
         slot[i] = i;
@@ -366,7 +366,8 @@ int main(int argc, char **argv)
 {
     static const struct model models[] = {{"SmolLM2-135M", DTYPE_F16, 576, 1536, 9, 3, 64, 30, 49152},
                                           {"demo-vlm", DTYPE_BF16, 256, 512, 8, 4, 64, 10, 1536}};
-    int n_threads = argc > 1 ? atoi(argv[1]) : 2, repeats = argc > 2 ? atoi(argv[2]) : 5;
+    int n_threads = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 2;
+    int repeats = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 5;
     for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
         struct bench b;
         open_bench(&b, models[i], n_threads, repeats);

@@ -1,9 +1,10 @@
 /* Attention of many queries: prompt chunks (causal, over pages and the chunk's dense keys) and images (full).
  *
- * A task is a block of queries of one head of one sequence. It walks blocks of keys, in order, with an online softmax:
- * scores by sgemm, then running maximum, sum and weighted values of each query. Tasks share nothing, and a task's
- * arithmetic depends on its own sequence alone. */
-#include <cblas.h>
+ * A task is a block of queries of some heads that share a KV head, of one sequence. It walks blocks of keys in order
+ * with an online softmax: the block's keys are transposed and its values gathered once for all the task's queries;
+ * then, few queries at a time and all of it in cache, scores, weights, weighted values. Blocks of keys are cut by
+ * position in the lane alone: a query's result is the same bits however a prompt is divided into chunks, whatever
+ * else is in the batch, and for any number of threads. */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -11,28 +12,35 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/lane.h"
 
-enum { QUERIES = 64, KEYS = 256 };
+enum { QUERIES = 96, KEYS = 128, HEADS = 4 };
 
 /* What a thread needs for a task. */
 struct scratch {
-    float *score;  /* [QUERIES, KEYS] */
-    float *k, *v;  /* [KEYS, head_dim] gathered from pages */
-    float *output; /* [QUERIES, head_dim] */
+    float *k;       /* [head_dim, KEYS] transposed */
+    float *v;       /* [KEYS, padded head_dim] */
+    float *score;   /* [VECTOR_ROWS, KEYS] */
+    float *output;  /* [HEADS, QUERIES, padded head_dim] */
+    float *maximum; /* [HEADS, QUERIES] */
+    float *sum;     /* [HEADS, QUERIES] */
 };
 
-/* One head of one sequence: dense rows, and tokens before them in a lane's pages. */
+/* Some heads of one sequence: dense rows, and tokens before them in a lane's pages. */
 struct attend {
-    const float *q, *k, *v;
+    const struct vector_ops *vector;
+    const float *q, *k, *v; /* q: row 0 of the first head; head_dim apart */
     float *out;
     int64_t q_stride, k_stride, v_stride, out_stride;
-    int n_rows, n_past, head_dim, lane;
+    int n_rows, n_past, n_heads, head_dim, padded_dim, lane;
     const struct kv_view *kv;
-    const struct vector_ops *vector;
     bool causal;
     float scale;
 };
 
-static size_t scratch_floats(int64_t head_dim) { return QUERIES * KEYS + (size_t)head_dim * (2 * KEYS + QUERIES); }
+static size_t scratch_floats(int64_t head_dim)
+{
+    size_t dim = (size_t)vector__round_up((int)head_dim);
+    return KEYS * 2 * dim + VECTOR_ROWS * KEYS + HEADS * QUERIES * (dim + 2);
+}
 
 static int place(const struct cpu *c, struct arena *arena, int64_t head_dim, float **memory)
 {
@@ -45,64 +53,110 @@ int cpu__attention_measure(const struct cpu *c, const struct ops_limits *limits,
     return place(c, arena, limits->head_dim, &memory);
 }
 
-static struct scratch of_thread(float *memory, int64_t head_dim)
+static struct scratch of_thread(float *memory, int head_dim)
 {
-    struct scratch s;
-    s.score = memory + (size_t)omp_get_thread_num() * scratch_floats(head_dim);
-    s.k = s.score + QUERIES * KEYS;
-    s.v = s.k + KEYS * head_dim;
-    s.output = s.v + KEYS * head_dim;
+    const int dim = vector__round_up(head_dim);
+    struct scratch s = {.k = memory + (size_t)omp_get_thread_num() * scratch_floats(head_dim)};
+    s.v = s.k + KEYS * dim;
+    s.score = s.v + KEYS * dim;
+    s.output = s.score + VECTOR_ROWS * KEYS;
+    s.maximum = s.output + HEADS * QUERIES * dim;
+    s.sum = s.maximum + HEADS * QUERIES;
     return s;
 }
 
-/* Scores of one query over `visible` keys of a block become weights, the rest of the block 0; what was summed before
- * is scaled to the new maximum. */
-static void soften(const struct vector_ops *v, float *score, int visible, int width, float *maximum, float *sum,
-                   float *output, int dim)
+/* Keys [at, at + width) of the sequence, from pages or dense rows, transposed; and their values. */
+static void gather_block(const struct attend *a, int at, int width, const struct scratch *s)
 {
-    float total, top = v->soften(score, visible, *maximum, &total);
-    for (int j = visible; j < width; j++) score[j] = 0;
+    const float *row[KEYS];
+    const size_t bytes = (size_t)a->head_dim * sizeof(float);
+    for (int i = 0; i < width; i++) {
+        const int dense = at + i - a->n_past;
+        const float *value = dense < 0 ? lane__value(a->kv, a->lane, at + i) : a->v + dense * a->v_stride;
+        row[i] = dense < 0 ? lane__key(a->kv, a->lane, at + i) : a->k + dense * a->k_stride;
+        memcpy(s->v + i * a->padded_dim, value, bytes);
+        memset(s->v + i * a->padded_dim + a->head_dim, 0, (size_t)(a->padded_dim - a->head_dim) * sizeof(float));
+    }
+    a->vector->transpose(s->k, KEYS, row, width, a->head_dim);
+}
+
+/* Scores of one query over `visible` keys become weights, up to `width` 0; what was summed is scaled to the new
+ * maximum. */
+static void soften(const struct attend *a, float *score, int visible, int width, float *maximum, float *sum,
+                   float *output)
+{
+    const int padded = cpu__min(vector__round_up(visible), KEYS); /* whole vectors: exp(-inf) is 0 */
+    for (int j = visible; j < padded; j++) score[j] = -INFINITY;
+    float total, top = a->vector->soften(score, padded, *maximum, &total);
+    for (int j = padded; j < width; j++) score[j] = 0;
     if (top > *maximum && *maximum > -INFINITY) {
         float factor = expf(*maximum - top);
         *sum *= factor;
-        v->scale(output, factor, dim);
+        a->vector->scale(output, factor, a->padded_dim);
     }
     *maximum = top;
     *sum += total;
 }
 
+/* n <= VECTOR_ROWS queries of a head from row `first` on, over the gathered keys [at, at + width); state: the place of
+ * the first one in the scratch. */
+static void attend_rows(const struct attend *a, int head, int first, int n, int at, int width, int state,
+                        const struct scratch *s)
+{
+    const int newest = a->n_past + first - at + 1; /* keys of the block that the first query sees, if causal */
+    const int seen = a->causal ? cpu__min(width, newest + n - 1) : width;
+    if (seen <= 0) return;
+    const struct vector_product scores = {.c = s->score,
+                                          .a = a->q + first * a->q_stride + head * a->head_dim,
+                                          .b = s->k,
+                                          .c_stride = KEYS,
+                                          .a_stride = a->q_stride,
+                                          .b_stride = KEYS,
+                                          .m = n,
+                                          .n = vector__round_up(seen),
+                                          .k = a->head_dim,
+                                          .scale = a->scale};
+    const struct vector_product values = {.c = s->output + state * a->padded_dim,
+                                          .a = s->score,
+                                          .b = s->v,
+                                          .c_stride = a->padded_dim,
+                                          .a_stride = KEYS,
+                                          .b_stride = a->padded_dim,
+                                          .m = n,
+                                          .n = a->padded_dim,
+                                          .k = seen,
+                                          .add = true};
+    a->vector->multiply(&scores);
+    for (int i = 0; i < n; i++) {
+        int visible = a->causal ? cpu__min(width, newest + i) : width;
+        if (visible > 0)
+            soften(a, s->score + i * KEYS, visible, seen, s->maximum + state + i, s->sum + state + i,
+                   s->output + (state + i) * a->padded_dim);
+        else
+            memset(s->score + i * KEYS, 0, (size_t)seen * sizeof(float));
+    }
+    a->vector->multiply(&values);
+}
+
+/* n <= QUERIES queries from row `first` on, all heads of the task. */
 static void attend_queries(const struct attend *a, int first, int n, const struct scratch *s)
 {
-    const int dim = a->head_dim, n_keys = a->n_past + (a->causal ? first + n : a->n_rows);
-    float maximum[QUERIES], sum[QUERIES] = {0};
-    for (int i = 0; i < n; i++) maximum[i] = -INFINITY;
-    memset(s->output, 0, (size_t)n * (size_t)dim * sizeof(float));
-    for (int at = 0, width; at < n_keys; at += width) {
-        const bool past = at < a->n_past;
-        width = cpu__min(KEYS, (past ? a->n_past : n_keys) - at);
-        const float *k = s->k, *v = s->v;
-        int64_t k_stride = dim, v_stride = dim;
-        if (past) {
-            lane__gather(a->kv, a->lane, at, width, s->k, s->v);
-        } else {
-            k = a->k + (at - a->n_past) * a->k_stride, v = a->v + (at - a->n_past) * a->v_stride;
-            k_stride = a->k_stride, v_stride = a->v_stride;
-        }
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, width, dim, a->scale, a->q + first * a->q_stride,
-                    (int)a->q_stride, k, (int)k_stride, 0.0f, s->score, KEYS);
-        for (int i = 0; i < n; i++) {
-            int visible = a->causal ? cpu__min(width, a->n_past + first + i + 1 - at) : width;
-            if (visible > 0)
-                soften(a->vector, s->score + i * KEYS, visible, width, &maximum[i], &sum[i], s->output + i * dim, dim);
-            else
-                memset(s->score + i * KEYS, 0, (size_t)width * sizeof(float));
-        }
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, dim, width, 1.0f, s->score, KEYS, v, (int)v_stride,
-                    1.0f, s->output, dim);
+    const int n_keys = a->n_past + (a->causal ? first + n : a->n_rows);
+    for (int i = 0; i < a->n_heads * QUERIES; i++) s->maximum[i] = -INFINITY, s->sum[i] = 0;
+    memset(s->output, 0, (size_t)(a->n_heads * QUERIES * a->padded_dim) * sizeof(float));
+    for (int at = 0; at < n_keys; at += KEYS) {
+        const int width = cpu__min(KEYS, n_keys - at);
+        gather_block(a, at, width, s);
+        for (int head = 0; head < a->n_heads; head++)
+            for (int i = 0; i < n; i += VECTOR_ROWS)
+                attend_rows(a, head, first + i, cpu__min(VECTOR_ROWS, n - i), at, width, head * QUERIES + i, s);
     }
-    for (int i = 0; i < n; i++)
-        for (int d = 0; d < dim; d++)
-            a->out[(first + i) * a->out_stride + d] = sum[i] > 0 ? s->output[i * dim + d] / sum[i] : 0;
+    for (int head = 0; head < a->n_heads; head++)
+        for (int i = 0; i < n; i++) {
+            const float *from = s->output + (head * QUERIES + i) * a->padded_dim, sum = s->sum[head * QUERIES + i];
+            float *to = a->out + (first + i) * a->out_stride + head * a->head_dim;
+            for (int d = 0; d < a->head_dim; d++) to[d] = from[d] / sum;
+        }
 }
 
 int cpu__attention_vision(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
@@ -118,6 +172,7 @@ int cpu__attention_vision(struct ops *o, struct tensor out, struct tensor q, str
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < (int64_t)n_images * n_heads * blocks; task++) {
         int block = (int)(task % blocks), head = (int)(task / blocks % n_heads);
+        int first = n_rows * block / blocks, end = n_rows * (block + 1) / blocks;
         int64_t row = task / blocks / n_heads * n_rows, offset = (int64_t)head * dim;
         struct attend a = {.vector = c->vector,
                            .q = cpu__row(q, row) + offset,
@@ -129,48 +184,43 @@ int cpu__attention_vision(struct ops *o, struct tensor out, struct tensor q, str
                            .v_stride = v.stride[0],
                            .out_stride = out.stride[0],
                            .n_rows = n_rows,
+                           .n_heads = 1,
                            .head_dim = dim,
+                           .padded_dim = vector__round_up(dim),
                            .scale = scale};
         struct scratch s = of_thread(memory, dim);
-        attend_queries(&a, block * QUERIES, cpu__min(QUERIES, n_rows - block * QUERIES), &s);
+        attend_queries(&a, first, end - first, &s);
     }
     return OK;
 }
 
-/* Finds the sequence of a task; returns the number of the task's query block within it. */
+/* Finds the sequence of a block of queries; returns the block's number within it, last ones first: they are longest. */
 static int find_sequence(const struct seq_batch *batch, int64_t block, int *sequence)
 {
     for (int i = 0; i < batch->n_seqs; i++) {
         int n = batch->cu_seqlens[i + 1] - batch->cu_seqlens[i], blocks = (n + QUERIES - 1) / QUERIES;
         *sequence = i;
-        if (block < blocks) return blocks - 1 - (int)block; /* the longest first: the later queries of a chunk */
+        if (block < blocks) return blocks - 1 - (int)block;
         block -= blocks;
     }
     return 0;
 }
 
-static void prefill_task(struct attend *a, const struct seq_batch *batch, const struct kv_view *kv,
-                         const struct attention_heads *heads, int sequence, int head)
+/* The lane of a sequence's KV head and its tokens before this chunk. */
+static void find_past(struct attend *a, int slot, int kv_head, const struct attention_heads *heads)
 {
-    const int slot = batch->slot[sequence], kv_head = head / (heads->n_heads / heads->n_kv_heads);
-    a->n_rows = batch->cu_seqlens[sequence + 1] - batch->cu_seqlens[sequence];
-    a->head_dim = heads->head_dim;
-    a->scale = heads->scale;
-    a->causal = true;
-    a->kv = kv;
-    a->n_past = 0;
-    if (slot >= 0 && slot < kv->n_slots) {
-        a->lane = slot * kv->lanes_per_slot + heads->lane + kv_head;
-        a->n_past = kv->lane_len[a->lane] - a->n_rows;
-        if (a->n_past < 0) a->n_past = 0; /* the append failed, and the error word says so */
-    }
+    if (slot < 0 || slot >= a->kv->n_slots) return;
+    a->lane = slot * a->kv->lanes_per_slot + heads->lane + kv_head;
+    a->n_past = a->kv->lane_len[a->lane] - a->n_rows;
+    if (a->n_past < 0) a->n_past = 0; /* the append failed, and the error word says so */
 }
 
 int cpu__attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                            const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads)
 {
     const struct cpu *c = cpu__of(o);
-    const int64_t dim = heads->head_dim, group = heads->n_heads / heads->n_kv_heads;
+    const int dim = heads->head_dim, group = heads->n_heads / heads->n_kv_heads;
+    const int parts = (group + HEADS - 1) / HEADS, tasks_of_block = heads->n_kv_heads * parts;
     struct arena arena;
     float *memory;
     int64_t blocks = 0;
@@ -179,21 +229,29 @@ int cpu__attention_prefill(struct ops *o, struct tensor out, struct tensor q, st
     for (int i = 0; i < batch->n_seqs; i++)
         blocks += (batch->cu_seqlens[i + 1] - batch->cu_seqlens[i] + QUERIES - 1) / QUERIES;
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < blocks * heads->n_heads; task++) {
-        int head = (int)(task % heads->n_heads), sequence = 0;
-        int first = find_sequence(batch, task / heads->n_heads, &sequence) * QUERIES;
+    for (int64_t task = 0; task < blocks * tasks_of_block; task++) {
+        int kv_head = (int)(task % tasks_of_block) / parts, part = (int)(task % tasks_of_block) % parts, sequence = 0;
+        int first = find_sequence(batch, task / tasks_of_block, &sequence) * QUERIES;
         int64_t row = batch->cu_seqlens[sequence];
+        int head = kv_head * group + group * part / parts, end = kv_head * group + group * (part + 1) / parts;
         struct attend a = {.vector = c->vector,
-                           .q = cpu__row(q, row) + head * dim,
-                           .k = cpu__row(k, row) + head / group * dim,
-                           .v = cpu__row(v, row) + head / group * dim,
-                           .out = cpu__row(out, row) + head * dim,
+                           .q = cpu__row(q, row) + (int64_t)head * dim,
+                           .k = cpu__row(k, row) + (int64_t)kv_head * dim,
+                           .v = cpu__row(v, row) + (int64_t)kv_head * dim,
+                           .out = cpu__row(out, row) + (int64_t)head * dim,
                            .q_stride = q.stride[0],
                            .k_stride = k.stride[0],
                            .v_stride = v.stride[0],
-                           .out_stride = out.stride[0]};
+                           .out_stride = out.stride[0],
+                           .n_rows = batch->cu_seqlens[sequence + 1] - batch->cu_seqlens[sequence],
+                           .n_heads = end - head,
+                           .head_dim = dim,
+                           .padded_dim = vector__round_up(dim),
+                           .kv = kv,
+                           .causal = true,
+                           .scale = heads->scale};
         struct scratch s = of_thread(memory, dim);
-        prefill_task(&a, batch, kv, heads, sequence, head);
+        find_past(&a, batch->slot[sequence], kv_head, heads);
         attend_queries(&a, first, cpu__min(QUERIES, a.n_rows - first), &s);
     }
     return OK;

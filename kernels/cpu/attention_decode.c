@@ -42,26 +42,46 @@ static int run_length(const struct kv_view *kv, int at, int end)
     return cpu__min(kv->page_size - at % kv->page_size, end - at);
 }
 
-/* Tokens [first, end) of a lane for `group` queries; partial j at partial + j * stride. */
-static void attend_chunk(const struct vector_ops *v, const struct kv_view *kv, int lane, int first, int end,
-                         const float *q, int group, float scale, float *score, float *partial, int64_t stride)
+/* Asks for a page's rows before they are needed: pages lie anywhere, so the hardware cannot guess. */
+static void fetch_ahead(const float *row, int64_t n)
 {
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i, 0, 2);
+}
+
+/* The queries of a group over one lane, and where a thread's scores stand. */
+struct attend {
+    const struct vector_ops *vector;
+    const struct kv_view *kv;
+    const float *q; /* [group, head_dim] */
+    float *score;   /* [group, CHUNK] */
+    int lane, group;
+    float scale;
+};
+
+/* Tokens [first, end) of the lane; the partial of query j at partial + j * stride. */
+static void attend_chunk(const struct attend *a, int first, int end, float *partial, int64_t stride)
+{
+    const struct kv_view *kv = a->kv;
+    const struct vector_ops *v = a->vector;
     const int dim = kv->head_dim;
     for (int at = first, n; at < end; at += n) {
-        const float *keys = lane__key(kv, lane, at);
+        const float *keys = lane__key(kv, a->lane, at);
         n = run_length(kv, at, end);
-        for (int j = 0; j < group; j++) v->score_keys(score + j * CHUNK + at - first, q + j * dim, keys, n, dim, scale);
+        if (at + n < end) fetch_ahead(lane__key(kv, a->lane, at + n), (int64_t)run_length(kv, at + n, end) * dim);
+        for (int j = 0; j < a->group; j++)
+            v->score_keys(a->score + j * CHUNK + at - first, a->q + (int64_t)j * dim, keys, n, dim, a->scale);
     }
-    for (int j = 0; j < group; j++) {
+    for (int j = 0; j < a->group; j++) {
         float *part = partial + j * stride;
-        part[0] = v->soften(score + j * CHUNK, end - first, -INFINITY, &part[1]);
+        part[0] = v->soften(a->score + j * CHUNK, end - first, -INFINITY, &part[1]);
         memset(part + 2, 0, (size_t)dim * sizeof(float));
     }
     for (int at = first, n; at < end; at += n) {
-        const float *values = lane__value(kv, lane, at);
+        const float *values = lane__value(kv, a->lane, at);
         n = run_length(kv, at, end);
-        for (int j = 0; j < group; j++)
-            v->add_values(partial + j * stride + 2, score + j * CHUNK + at - first, values, n, dim);
+        if (at + n < end) fetch_ahead(lane__value(kv, a->lane, at + n), (int64_t)run_length(kv, at + n, end) * dim);
+        for (int j = 0; j < a->group; j++)
+            v->add_values(partial + j * stride + 2, a->score + j * CHUNK + at - first, values, n, dim);
     }
 }
 
@@ -110,8 +130,14 @@ int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, con
             int lane = lane_of(batch, kv, heads, sequence, kv_head);
             if (lane < 0 || first >= kv->lane_len[lane]) continue;
             int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
-            attend_chunk(c->vector, kv, lane, first, cpu__min(first + CHUNK, kv->lane_len[lane]),
-                         cpu__row(q, sequence) + (int64_t)kv_head * group * dim, group, heads->scale, score,
+            const struct attend a = {.vector = c->vector,
+                                     .kv = kv,
+                                     .q = cpu__row(q, sequence) + (int64_t)kv_head * group * dim,
+                                     .score = score,
+                                     .lane = lane,
+                                     .group = group,
+                                     .scale = heads->scale};
+            attend_chunk(&a, first, cpu__min(first + CHUNK, kv->lane_len[lane]),
                          p.memory + (head * n_chunks + task % n_chunks) * p.stride, n_chunks * p.stride);
         }
 #pragma omp for

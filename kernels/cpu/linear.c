@@ -10,12 +10,20 @@
 
 #include "kernels/cpu/cpu.h"
 
-/* Measured: up to here reading weights costs more than the products, and beyond it OpenBLAS's packing pays. */
-enum { FEW_ROWS = 16, PANEL_ROWS = 192 };
+/* Measured: up to this many rows our own product is the faster one, or as fast; it also covers the default number of
+ * sequences of a decode step. A panel is what the second-level cache holds. */
+enum { FEW_ROWS = 64, PANEL_ROWS = 384, PANEL_ROWS_LEAST = 48, PANEL_FLOATS = 640 << 10 };
+
+/* Never fewer for more columns, so that what is reserved for the widest weight does for all. */
+static int64_t panel_floats(int64_t n_in)
+{
+    int64_t floats = PANEL_ROWS_LEAST * n_in > PANEL_FLOATS ? PANEL_ROWS_LEAST * n_in : PANEL_FLOATS;
+    return PANEL_ROWS * n_in < floats ? PANEL_ROWS * n_in : floats;
+}
 
 static int place(const struct cpu *c, struct arena *arena, int64_t n_in, float **panels)
 {
-    return arena_take(arena, (size_t)c->n_threads * PANEL_ROWS * (size_t)n_in * sizeof(float), "linear panels", panels);
+    return arena_take(arena, (size_t)(c->n_threads * panel_floats(n_in)) * sizeof(float), "linear panels", panels);
 }
 
 int cpu__linear_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena)
@@ -67,7 +75,6 @@ int cpu__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w
     struct arena arena;
     float *panels;
     TRY(cpu__scratch(o, &arena));
-    TRY(place(c, &arena, n_in, &panels));
     if (x.dim[0] <= FEW_ROWS) {
 #pragma omp parallel num_threads(c->n_threads) if (n_out * n_in > CPU_PARALLEL_WORK)
         {
@@ -77,14 +84,16 @@ int cpu__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w
         }
         return OK;
     }
+    TRY(place(c, &arena, n_in, &panels));
     /* Panels of nearly equal size, a multiple of the number of threads where there is enough for all. */
-    int64_t n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS;
+    const int64_t most = n_in ? panel_floats(n_in) / n_in : PANEL_ROWS;
+    int64_t n_panels = (n_out + most - 1) / most;
     n_panels = (n_panels + c->n_threads - 1) / c->n_threads * c->n_threads;
     n_panels = n_panels < n_out ? n_panels : n_out;
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
     for (int64_t p = 0; p < n_panels; p++) {
         int64_t first = n_out * p / n_panels, end = n_out * (p + 1) / n_panels;
-        many_rows(c, y, x, w, bias, first, end - first, panels + omp_get_thread_num() * PANEL_ROWS * n_in);
+        many_rows(c, y, x, w, bias, first, end - first, panels + omp_get_thread_num() * panel_floats(n_in));
     }
     return OK;
 }

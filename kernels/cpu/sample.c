@@ -10,12 +10,15 @@
 #include "base/hash.h"
 #include "kernels/cpu/cpu.h"
 
+/* Below it sampling is greedy: the quotient of a difference of logits and the temperature would overflow. */
+#define LEAST_TEMPERATURE 1e-5f
+
 struct candidate {
     float weight; /* exp(logit - best), not normalised */
     int32_t id;
 };
 
-/* Each thread's: logits after penalties, and candidates. */
+/* Each thread's: logits after penalties or weights, and candidates. */
 struct scratch {
     float *adjusted;
     struct candidate *candidates;
@@ -66,12 +69,13 @@ static struct candidate pop_best(struct candidate *heap, int64_t *n)
     return best;
 }
 
-static int32_t best_id(const float *logits, int64_t n)
+/* The best token, the lowest of equals; token 0 where no logit is a number. */
+static int32_t best_id(const struct vector_ops *v, const float *logits, int64_t n)
 {
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (logits[i] > logits[best] || logits[best] != logits[best]) best = i;
-    return (int32_t)best;
+    const float best = v->maximum(logits, n);
+    int64_t i = 0;
+    while (i < n && logits[i] != best) i++;
+    return i < n ? (int32_t)i : 0;
 }
 
 /* Logits after penalties: `logits` itself where none applies, else `adjusted`. */
@@ -89,15 +93,19 @@ static const float *penalise(float *adjusted, const float *logits, const int32_t
     return adjusted;
 }
 
-/* Fills candidates with the weights that pass min_p; returns their number. */
-static int64_t weigh(struct candidate *candidates, const float *logits, int64_t n, const struct sampling_params *p)
+/* Turns logits into weights and fills candidates with those that pass min_p; returns their number. An infinite logit
+ * leaves no weight to the others. */
+static int64_t weigh(const struct vector_ops *v, struct candidate *candidates, float *weight, const float *logits,
+                     int64_t n, const struct sampling_params *p)
 {
-    float best = logits[best_id(logits, n)];
+    const float best = v->maximum(logits, n);
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float weight = logits[i] == best ? 1.0f : expf((logits[i] - best) / p->temperature);
-        if (weight > 0 && weight >= p->min_p) candidates[count++] = (struct candidate){weight, (int32_t)i};
-    }
+    if (fabsf(best) == INFINITY)
+        for (int64_t i = 0; i < n; i++) weight[i] = logits[i] == best;
+    else
+        v->exponentials(weight, logits, best, 1 / p->temperature, n);
+    for (int64_t i = 0; i < n; i++)
+        if (weight[i] > 0 && weight[i] >= p->min_p) candidates[count++] = (struct candidate){weight[i], (int32_t)i};
     return count;
 }
 
@@ -132,20 +140,22 @@ static int32_t draw(struct candidate *candidates, int64_t n, const struct sampli
     return candidates[n - 1].id;
 }
 
-/* Log-probabilities of the best tokens; returns the log of the sum of exponentials, which turns a logit into one. */
-static double best_logprobs(const float *logits, int64_t n, int n_best, float *logprob, int32_t *token)
+/* Log-probabilities of the best tokens, lower ids first among equals; returns the log of the sum of exponentials, which
+ * turns a logit into one. `work` is overwritten. */
+static double best_logprobs(const struct vector_ops *v, const float *logits, float *work, int64_t n, int n_best,
+                            float *logprob, int32_t *token)
 {
-    double sum = 0;
     int count = 0;
-    float best = logits[best_id(logits, n)];
+    float sum;
+    memcpy(work, logits, (size_t)n * sizeof *work);
+    double log_sum = (double)v->soften(work, n, -INFINITY, &sum);
+    log_sum += log((double)sum);
     for (int64_t i = 0; i < n; i++) {
-        sum += (double)expf(logits[i] - best);
         if (count == n_best && !(logits[i] > logprob[count - 1])) continue;
         int at = count < n_best ? count++ : count - 1;
         for (; at > 0 && logits[i] > logprob[at - 1]; at--) logprob[at] = logprob[at - 1], token[at] = token[at - 1];
         logprob[at] = logits[i], token[at] = (int32_t)i;
     }
-    double log_sum = (double)best + log(sum);
     for (int i = 0; i < n_best; i++) {
         logprob[i] = i < count ? (float)((double)logprob[i] - log_sum) : -INFINITY;
         if (i >= count) token[i] = -1;
@@ -153,27 +163,29 @@ static double best_logprobs(const float *logits, int64_t n, int n_best, float *l
     return log_sum;
 }
 
-static void sample_row(const float *logits, int slot, const struct sampling_state *state, float *adjusted,
-                       struct candidate *candidates)
+static void sample_row(const struct vector_ops *v, const float *logits, int slot, const struct sampling_state *state,
+                       float *adjusted, struct candidate *candidates)
 {
     const int64_t n = state->vocab_size;
     const struct sampling_params *p = &state->params[slot];
+    const int n_logprobs = cpu__min(p->n_logprobs, MAX_LOGPROBS);
     int32_t *token_count = state->token_count + slot * n;
+    float *logprob = state->logprob + (int64_t)slot * (1 + MAX_LOGPROBS);
+    int32_t *logprob_token = state->logprob_token + (int64_t)slot * (1 + MAX_LOGPROBS);
     const int32_t position = ++state->position[slot];
+    double log_sum = 0;
+    if (n_logprobs > 0) log_sum = best_logprobs(v, logits, adjusted, n, n_logprobs, logprob + 1, logprob_token + 1);
     const float *scored = penalise(adjusted, logits, token_count, n, p);
-    int32_t chosen = best_id(scored, n);
-    if (p->temperature > 0) {
-        int64_t count = weigh(candidates, scored, n, p);
+    int32_t chosen = best_id(v, scored, n);
+    if (p->temperature >= LEAST_TEMPERATURE) {
+        int64_t count = weigh(v, candidates, adjusted, scored, n, p);
         if (count) chosen = draw(candidates, count, p, uniform(p->seed, position));
     }
     state->next_token[slot] = chosen;
     if ((token_count[chosen] & TOKEN_COUNT_MASK) < TOKEN_COUNT_MASK) token_count[chosen]++;
-    if (p->n_logprobs > 0) {
-        float *logprob = state->logprob + (int64_t)slot * (1 + MAX_LOGPROBS);
-        int32_t *token = state->logprob_token + (int64_t)slot * (1 + MAX_LOGPROBS);
-        double log_sum = best_logprobs(logits, n, cpu__min(p->n_logprobs, MAX_LOGPROBS), logprob + 1, token + 1);
+    if (n_logprobs > 0) {
         logprob[0] = (float)((double)logits[chosen] - log_sum);
-        token[0] = chosen;
+        logprob_token[0] = chosen;
     }
 }
 
@@ -188,7 +200,7 @@ int cpu__sample(struct ops *o, struct tensor logits, const int32_t *slot, const 
     for (int64_t i = 0; i < logits.dim[0]; i++) {
         const size_t offset = (size_t)omp_get_thread_num() * (size_t)state->vocab_size;
         if (slot[i] >= 0 && slot[i] < state->n_slots)
-            sample_row(cpu__row(logits, i), slot[i], state, s.adjusted + offset, s.candidates + offset);
+            sample_row(c->vector, cpu__row(logits, i), slot[i], state, s.adjusted + offset, s.candidates + offset);
     }
     return OK;
 }

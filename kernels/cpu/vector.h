@@ -19,6 +19,22 @@ struct vector_linear {
     enum dtype dtype;
 };
 
+/* What the columns of multiply come in, on every machine; and the rows of x that it takes at once. */
+enum { VECTOR_MULTIPLE = 16, VECTOR_ROWS = 6 };
+
+static inline int vector__round_up(int n) { return (n + VECTOR_MULTIPLE - 1) / VECTOR_MULTIPLE * VECTOR_MULTIPLE; }
+
+/* c[m, n] = scale * a[m, k] b[k, n], or c += a b where `add`; n a multiple of VECTOR_MULTIPLE. A row of c does not
+ * depend on the other rows. */
+struct vector_product {
+    float *c;
+    const float *a, *b;
+    int64_t c_stride, a_stride, b_stride;
+    int m, n, k;
+    float scale;
+    bool add;
+};
+
 struct vector_ops {
     const char *name;
     /* A row's results do not depend on m nor on how weight rows are cut into slices. */
@@ -34,6 +50,9 @@ struct vector_ops {
     /* y += factor * x. */
     void (*add_scaled)(float *y, const float *x, float factor, int64_t n);
     void (*scale)(float *x, float factor, int64_t n);
+    void (*multiply)(const struct vector_product *p);
+    /* to[d, j] = row[j][d] for n rows of dim values; columns up to the next multiple of VECTOR_MULTIPLE become 0. */
+    void (*transpose)(float *to, int64_t to_stride, const float *const *row, int n, int dim);
     /* score[i] = scale * q . key[i], keys [n, dim] dense; out += sum of p[i] * value[i]. */
     void (*score_keys)(float *score, const float *q, const float *keys, int n, int dim, float scale);
     void (*add_values)(float *out, const float *p, const float *values, int n, int dim);

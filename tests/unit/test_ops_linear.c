@@ -40,7 +40,7 @@ static void compare_linear(struct fixture *f, enum dtype dtype, int n, int n_in,
 
 static void test_shapes(void)
 {
-    static const int rows[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 100};
+    static const int rows[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 23, 64, 100};
     static const int ins[] = {1, 7, 16, 31, 64, 72, 100, 257, 576};
     static const int outs[] = {1, 3, 8, 17, 130, 300};
     struct fixture *f = fixture_open(2, 1);
@@ -49,7 +49,9 @@ static void test_shapes(void)
             for (int k = 0; k < 3; k++)
                 compare_linear(f, (enum dtype)dtype, rows[r], ins[(r + 3 * k + dtype) % 9], outs[(r + 2 * k) % 6],
                                (r + k) % 2 * 5, k == 1);
-    compare_linear(f, DTYPE_F16, 40, 1536, 576, 0, true);
+    compare_linear(f, DTYPE_F16, 70, 1536, 576, 0, true);
+    compare_linear(f, DTYPE_BF16, 65, 1720, 385, 0, false);
+    compare_linear(f, DTYPE_F32, 150, 100, 1000, 2, true);
     compare_linear(f, DTYPE_BF16, 1, 4096, 40, 3, true);
     fixture_close(f);
 }
@@ -69,10 +71,10 @@ static void test_every_half(void)
     enum { ALL = 65536 };
     struct fixture *f = fixture_open(2, 3);
     uint16_t *bits = fixture_take(f, ALL * sizeof *bits);
-    float *y = fixture_take(f, 40 * ALL * sizeof *y), x[40];
+    float *y = fixture_take(f, 66 * ALL * sizeof *y), x[66];
     for (int i = 0; i < ALL; i++) bits[i] = (uint16_t)i;
-    for (int i = 0; i < 40; i++) x[i] = 1;
-    for (int n = 1; n <= 40; n += 39)
+    for (int i = 0; i < 66; i++) x[i] = 1;
+    for (int n = 1; n <= 66; n += 65)
         for (int dtype = DTYPE_F16; dtype <= DTYPE_BF16; dtype++) {
             int wrong = 0;
             CHECK_OK(ops_linear(&f->ops, tensor_2d(y, DTYPE_F32, n, ALL), tensor_2d(x, DTYPE_F32, n, 1),
@@ -87,10 +89,10 @@ static void test_every_half(void)
     fixture_close(f);
 }
 
-/* Up to 16 rows, a row's result is the same bits whatever rows stand beside it, and for any number of threads. */
+/* Up to 64 rows, a row's result is the same bits whatever rows stand beside it, and for any number of threads. */
 static void test_row_independent(void)
 {
-    enum { N = 16, IN = 203, OUT = 77 };
+    enum { N = 64, IN = 203, OUT = 77 };
     struct fixture *f = fixture_open(2, 4), *one = fixture_open(1, 4);
     double *wide = fixture_take(f, sizeof(double) * IN * OUT);
     for (int dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
