@@ -65,6 +65,7 @@ static int work(struct launch *launch, struct engine *engine, void *arg)
 static int run(struct launch *launch)
 {
     struct job job = {.builder = NULL};
+    liveness_phase(launch->liveness, "job");
     int rc = launch->comm->rank == 0 ? prepare(launch, &job) : OK;
     rc = comm_agree(launch->comm, rc, "job");
     if (!rc) rc = ranks_serve(launch, work, &job);

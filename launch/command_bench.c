@@ -42,6 +42,7 @@ static int work(struct launch *launch, struct engine *engine, void *arg)
 static int run(struct launch *launch)
 {
     struct bench_options bench;
+    liveness_phase(launch->liveness, "options");
     int rc = launch->comm->rank == 0 ? prepare(launch, &bench) : OK;
     rc = comm_agree(launch->comm, rc, "options");
     return rc ? rc : ranks_serve(launch, work, &bench);

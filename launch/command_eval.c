@@ -51,6 +51,7 @@ static int work(struct launch *launch, struct engine *engine, void *arg)
 static int run(struct launch *launch)
 {
     struct sweep sweep = {.builder = NULL};
+    liveness_phase(launch->liveness, "questions");
     int rc = launch->comm->rank == 0 ? prepare(launch, &sweep) : OK;
     rc = comm_agree(launch->comm, rc, "questions");
     if (!rc) rc = ranks_serve(launch, work, &sweep);

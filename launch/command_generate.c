@@ -203,6 +203,7 @@ static int run(struct launch *launch)
     struct model_dims dims;
     struct prompt_builder *builder = NULL;
     struct answer answer = {.json = arguments_flag(&launch->arguments, "json")};
+    liveness_phase(launch->liveness, "request");
     int rc = launch->comm->rank == 0 ? prepare(launch, &dims, &builder, &answer.request) : OK;
     rc = comm_agree(launch->comm, rc, "request");
     if (builder) answer.tokenizer = prompt_tokenizer(builder);

@@ -13,6 +13,7 @@ struct launch {
     const struct config *config; /* of the arguments; its auto values are filled in by ranks_prepare */
     struct comm *comm;
     struct liveness *liveness;
+    double joined; /* clock_seconds when this rank began to wait for the others' heartbeats */
 };
 
 /* Commands, one file each. A run function returns a status; main.c prints the message and makes the exit code. It is

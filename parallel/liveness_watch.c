@@ -161,27 +161,29 @@ static void look_for_the_still(struct liveness *l)
     }
 }
 
-/* look_for_the_stuck - the watchdog: a rank inside a step that neither changes step nor enters a collective. The others
- * wait for it inside one, so of all stuck ranks the one that entered the fewest is the cause. */
+/* look_for_the_stuck - the watchdog: a rank inside a step that neither changes step nor enters a collective. It may be
+ * waiting in one for others; the rank that entered the fewest is the cause, also if it did not begin the step yet. */
 static void look_for_the_stuck(struct liveness *l)
 {
     int culprit = -1;
     uint64_t fewest = UINT64_MAX;
-    bool expired = false;
+    bool expired = false, culprit_stuck = false;
     if (l->options.watchdog_timeout <= 0) return;
     for (int i = 0; i < l->n_slots; i++) {
         struct slot *slot = &l->segment->slot[i];
         struct sight *sight = &l->sight[i];
         uint64_t step = atomic_load(&slot->step), calls = atomic_load(&slot->calls);
-        bool stuck = running(slot) && atomic_load(&slot->busy) && step == sight->step && calls == sight->calls;
+        bool still = running(slot) && step == sight->step && calls == sight->calls;
+        bool stuck = still && atomic_load(&slot->busy);
         sight->stuck_ticks = stuck ? sight->stuck_ticks + 1 : 0;
         sight->step = step;
         sight->calls = calls;
-        if (!stuck) continue;
-        expired = expired || sight->stuck_ticks * LIVENESS__TICK_MS >= 1000 * l->options.watchdog_timeout;
-        if (calls < fewest) {
+        if (!still) continue;
+        expired = expired || (stuck && sight->stuck_ticks * LIVENESS__TICK_MS >= 1000 * l->options.watchdog_timeout);
+        if (calls < fewest || (calls == fewest && stuck && !culprit_stuck)) {
             fewest = calls;
             culprit = i;
+            culprit_stuck = stuck;
         }
     }
     if (!expired) return;

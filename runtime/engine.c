@@ -6,9 +6,9 @@
 #include "runtime/engine_private.h"
 
 /* Ends a start-up phase: all ranks go on, or all return the lowest failing rank's error. */
-static int agree(struct engine *e, int rc, const char *next_phase)
+static int agree(struct engine *e, int rc, const char *phase, const char *next_phase)
 {
-    TRY(comm_agree(e->comm, rc, e->comm->phase));
+    TRY(comm_agree(e->comm, rc, phase));
     liveness_phase(e->liveness, next_phase);
     return OK;
 }
@@ -17,12 +17,13 @@ static int open_phases(struct engine *e, const struct config *config, struct che
 {
     struct model_dims dims;
     liveness_phase(e->liveness, "device");
-    TRY(agree(e, engine__configure(e, config), "plan"));
-    TRY(agree(e, engine__plan(e, config, &dims, checkpoint), "memory"));
+    TRY(agree(e, engine__configure(e, config), "device", "plan"));
+    TRY(agree(e, engine__plan(e, config, &dims, checkpoint), "plan", "memory"));
     TRY(comm_same(e->comm, "model", model_dims_hash(&dims)));
-    TRY(agree(e, engine__allocate(e, *checkpoint), "load"));
-    TRY(agree(e, engine__load(e, *checkpoint), "ready"));
+    TRY(agree(e, engine__allocate(e, *checkpoint), "memory", "load"));
+    TRY(agree(e, engine__load(e, *checkpoint), "load", "ready"));
     if (e->scheduler) scheduler_use_policy(e->scheduler, e->resources.policy.vt->name);
+    liveness_step_end(e->liveness); /* the caller began the watch, when it joined the ranks */
     return OK;
 }
 
@@ -31,6 +32,7 @@ int engine_open(const struct config *config, struct comm *comm, struct liveness 
     struct checkpoint *checkpoint = NULL;
     struct engine *e = calloc(1, sizeof *e);
     *out = e;
+    liveness_phase(liveness, "open");
     TRY(comm_agree(comm, e ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "engine: out of memory"), "open"));
     e->comm = comm;
     e->liveness = liveness;
@@ -100,6 +102,7 @@ int engine_step(struct engine *e, int *active)
     *active = 0;
     TRY(scheduler_plan(e->scheduler, &e->message, &work));
     if (work) {
+        liveness_step_begin(e->liveness, e->message.head.number); /* the others are waiting from here on */
         TRY(exchange(e));
         TRY(engine__run_step(e));
     }

@@ -150,7 +150,7 @@ int engine__load(struct engine *e, struct checkpoint *checkpoint)
     struct progress p = {e, clock_seconds(), clock_seconds()};
     struct load_progress progress = {&p, show_progress};
     TRY(resources_begin(&e->resources, checkpoint, &progress));
-    liveness_step_end(e->liveness);
+    liveness_step_begin(e->liveness, 0); /* pieces are no steps of an answer */
     e->load_seconds = clock_seconds() - p.start;
     size_t bytes = 0;
     for (int i = 0; i < e->plan.n_rows; i++)
