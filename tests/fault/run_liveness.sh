@@ -60,7 +60,9 @@ one_line() {
     grep -Eq "^vitrail: $1" "$dir/err" || fail "no line matches: $1"
 }
 code() { case " $* " in *" $rc "*) ;; *) fail "exit code $rc, expected one of: $*" ;; esac; }
-nothing_left() { [ -z "$(ls /dev/shm 2>/dev/null | grep '^vitrail-')" ] || fail "shared memory left behind"; }
+segments() { ls /dev/shm 2>/dev/null | grep '^vitrail-' | sort; }
+before=$(segments) # of others that run, or were killed between making their segment and unlinking it
+nothing_left() { [ "$(segments)" = "$before" ] || fail "shared memory left behind"; }
 
 case_death() { # SIGNAL RANKS RANK PHASE
     local victim how
