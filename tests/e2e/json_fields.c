@@ -1,7 +1,8 @@
 /* json_fields FILE PATH... - reads one JSON object a line, strictly, and prints the values at the paths, unformatted
  * and separated by tabs: for shell scripts that look into answers. A path is keys and list places joined by dots
  * (response.body.choices.0.message.content); "." is the whole line, "a.*" the keys of a; what is absent prints as "-".
- * Exit code 1, naming the line, if one is no JSON object or has no newline at its end. */
+ * A zero byte in a text, which a model may well say, is shown as its symbol. Exit code 1, naming the line, if one is no
+ * JSON object or has no newline at its end. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,9 +59,20 @@ static int print_fields(const cJSON *line, int n_paths, char **paths)
     return 0;
 }
 
-static int print_line(const char *path, int number, const char *text, size_t size, int n_paths, char **paths)
+/* The strict reader refuses a zero byte, since it would end a C string. */
+static void show_zero_bytes(char *text, size_t size)
+{
+    for (size_t i = 0; i + 6 <= size; i++) {
+        if (text[i] != '\\') continue;
+        if (!memcmp(text + i, "\\u0000", 6)) memcpy(text + i, "\\u2400", 6);
+        i++;
+    }
+}
+
+static int print_line(const char *path, int number, char *text, size_t size, int n_paths, char **paths)
 {
     char what[256];
+    show_zero_bytes(text, size);
     cJSON *line;
     snprintf(what, sizeof what, "%.200s: line %d", path, number);
     if (json_parse(text, size, what, &line)) {

@@ -32,7 +32,7 @@ same() { # FILE FILE MESSAGE
 }
 
 expect 0 "vitrail 0." "$vitrail" --version
-for command in plan tokenize generate batch eval; do
+for command in plan tokenize generate batch eval bench; do
     expect 0 "  $command " "$vitrail" --help
     expect 0 "--kv-cache-vl-cache-window-of" "$vitrail" $command --help
 done
