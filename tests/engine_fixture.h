@@ -98,7 +98,7 @@ static inline struct config service_config(const char *model, const char *const 
 static inline void service_open(struct service *s, struct ranks *ranks, const char *model, const char *const *settings)
 {
     *s = (struct service){.ranks = ranks, .config = service_config(model, settings), .first = ranks->comm->rank == 0};
-    if (!s->config.cpu_threads) s->config.cpu_threads = ranks->comm->size == 1 ? 2 : 1;
+    if (!s->config.cpu_threads) s->config.cpu_threads = 1; /* a second one would spin where tests share the cores */
     DEMAND(engine_open(&s->config, ranks->comm, ranks->liveness, &s->engine));
     if (!s->first) return;
     const struct tokenizer *tokenizer;

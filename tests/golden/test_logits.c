@@ -8,11 +8,12 @@ static struct ranks ranks;
 /* Logits differ by at most this share of their standard deviation. */
 static const double tolerance = 1e-3;
 
-static double check_row(const char *what, int step, const float *got, const float *want, size_t n, double std)
+static double check_row(const char *what, int step, const float *got, const float *want, size_t n, double std,
+                        double allowed)
 {
     double d = distance(got, want, n) / (std > 0 ? std : spread(want, n));
-    if (d > tolerance) fprintf(stderr, "%s, step %d: logits differ by %g of their spread\n", what, step, d);
-    CHECK(d <= tolerance);
+    if (d > allowed) fprintf(stderr, "%s, step %d: logits differ by %g of their spread\n", what, step, d);
+    CHECK(d <= allowed);
     return d;
 }
 
@@ -45,7 +46,7 @@ static double run_alone(struct service *s, const cJSON *prompt, const char *what
     CHECK(seen.n >= steps && n == (size_t)steps * seen.vocab);
     for (int i = 0; i < steps && i < seen.n; i++) {
         size_t at = (size_t)i * seen.vocab;
-        worst = fmax(worst, check_row(what, i, seen.row + at, want + at, seen.vocab, 0));
+        worst = fmax(worst, check_row(what, i, seen.row + at, want + at, seen.vocab, 0, tolerance));
     }
     free(seen.row);
     free(want);
@@ -103,8 +104,6 @@ static void test_shapes(void)
 
 /* ---- the demo model ---- */
 
-static bool has_budget(const cJSON *item, double budget) { return vectors_number(item, "budget") == budget; }
-
 static void check_kept(const cJSON *item, const struct answer *a)
 {
     const cJSON *kept = vectors_get(item, "kept"), *k;
@@ -118,7 +117,7 @@ static void check_kept(const cJSON *item, const struct answer *a)
 }
 
 /* One golden answer; logits of its first steps, or of the second one alone if the cache was compressed before it. */
-static double run_item(struct service *s, const cJSON *item, struct request *r)
+static double run_item(struct service *s, const cJSON *item, struct request *r, double allowed)
 {
     struct answer a;
     struct seen_logits seen = {0};
@@ -146,7 +145,7 @@ static double run_item(struct service *s, const cJSON *item, struct request *r)
         for (size_t j = 0; top && j < width && j < 64; j++)
             picked[j] = row[cJSON_GetArrayItem(cJSON_GetArrayItem(top, i), (int)j)->valueint];
         worst = fmax(worst, check_row(vectors_string(item, "id"), i + first, top ? picked : row,
-                                      want + (size_t)i * width, width, top ? vectors_number(item, "std") : 0));
+                                      want + (size_t)i * width, width, top ? vectors_number(item, "std") : 0, allowed));
     }
     free(seen.row);
     free(want);
@@ -166,10 +165,11 @@ static void run_demo(const char *const *settings, bool long_ones)
     service_open(&s, &ranks, DEMO, settings);
     cJSON_ArrayForEach (item, vectors_get(golden, "items")) {
         if (long_ones && vectors_int(item, "prompt_tokens") < 1000) continue;
-        if (done++ == (SLOW_BUILD ? 3 : 1000)) break;
+        if (done == (long_ones || SLOW_BUILD ? 3 : 1000)) break;
+        done++;
         struct request r = request_question(&s, questions_find(q, n, vectors_string(item, "id")));
         CHECK(r.n_ids == vectors_int(item, "prompt_tokens"));
-        worst = fmax(worst, run_item(&s, item, &r));
+        worst = fmax(worst, run_item(&s, item, &r, tolerance));
     }
     printf("\n    %d answers, worst difference %.1e of the spread\n  ", done, worst);
     service_close(&s);
@@ -191,34 +191,48 @@ static void test_demo_chunks(void)
 
 /* ---- SmolLM2 ---- */
 
-static void test_smollm2(void)
+static struct request request_smollm2(const struct service *s, const cJSON *item)
 {
-    static const char *const settings[] = {
-        "kv_cache.policy", "vl_cache", "max_model_len", "512", "max_num_batched_tokens", "512", NULL};
+    const char *text = vectors_string(item, "prompt");
+    struct prompt_text prompt = {.text = text, .size = strlen(text), .raw = true};
+    struct request r;
+    DEMAND(prompt_from_text(s->builder, &prompt, NULL, "smollm2", &r));
+    CHECK(r.n_ids == cJSON_GetArraySize(vectors_get(item, "ids")));
+    for (int i = 0; i < r.n_ids; i++) CHECK(r.ids[i] == cJSON_GetArrayItem(vectors_get(item, "ids"), i)->valueint);
+    r.max_tokens = cJSON_GetArraySize(vectors_get(item, "tokens"));
+    r.sampling = (struct sampling_params){.top_p = 1, .repetition_penalty = 1};
+    return r;
+}
+
+/* The first items of smollm2.json with this dtype of the weights. */
+static void run_smollm2(const char *dtype, int n_items, double allowed)
+{
+    const char *settings[] = {
+        "kv_cache.policy", "vl_cache", "max_model_len", "512", "max_num_batched_tokens", "512", "dtype", dtype, NULL};
     struct service s;
     double worst = 0;
+    cJSON *golden = golden_load("smollm2.json");
+    service_open(&s, &ranks, SMOLLM2, settings);
+    for (int i = 0; i < n_items; i++) {
+        const cJSON *item = cJSON_GetArrayItem(vectors_get(golden, "items"), i);
+        struct request r = request_smollm2(&s, item);
+        worst = fmax(worst, run_item(&s, item, &r, allowed));
+    }
+    printf("\n    weights as %s: worst difference %.1e of the spread", dtype, worst);
+    service_close(&s);
+    cJSON_Delete(golden);
+}
+
+/* Blocks become float16 where nothing else is asked for, which rounds their values: that is not the reference's. */
+static void test_smollm2(void)
+{
     if (!file_exists(SMOLLM2)) {
         printf("\n    skipped: no models/smollm2 (launch/get-model smollm2)\n  ");
         return;
     }
-    cJSON *golden = golden_load("smollm2.json");
-    const cJSON *item;
-    service_open(&s, &ranks, SMOLLM2, settings);
-    cJSON_ArrayForEach (item, vectors_get(golden, "items")) {
-        const char *text = vectors_string(item, "prompt");
-        struct prompt_text prompt = {.text = text, .size = strlen(text), .raw = true};
-        struct request r;
-        DEMAND(prompt_from_text(s.builder, &prompt, NULL, "smollm2", &r));
-        CHECK(r.n_ids == cJSON_GetArraySize(vectors_get(item, "ids")));
-        for (int i = 0; i < r.n_ids; i++) CHECK(r.ids[i] == cJSON_GetArrayItem(vectors_get(item, "ids"), i)->valueint);
-        r.max_tokens = cJSON_GetArraySize(vectors_get(item, "tokens"));
-        r.sampling = (struct sampling_params){.top_p = 1, .repetition_penalty = 1};
-        worst = fmax(worst, run_item(&s, item, &r));
-        if (SLOW_BUILD && has_budget(item, 1)) break;
-    }
-    printf("\n    worst difference %.1e of the spread\n  ", worst);
-    service_close(&s);
-    cJSON_Delete(golden);
+    run_smollm2("float32", SLOW_BUILD ? 1 : 4, tolerance);
+    if (!SLOW_BUILD) run_smollm2("auto", 2, 1e-2);
+    printf("\n  ");
 }
 
 int main(void)
