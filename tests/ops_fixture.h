@@ -86,6 +86,9 @@ static inline struct tensor fixture_2d(struct fixture *f, int64_t rows, int64_t 
 }
 static inline float *fixture_row(struct tensor t, int64_t i) { return (float *)t.data + i * t.stride[0]; }
 
+/* Same bits. */
+static inline int fixture_same(const void *a, const void *b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
+
 /* A cache of its own memory, reset. */
 static inline struct kv_view fixture_cache(struct fixture *f, int n_slots, int lanes_per_slot, int max_pages,
                                            int n_pages, int page_size, int head_dim)

@@ -69,7 +69,7 @@ static inline uint8_t *vectors_base64(const char *text, size_t *n)
     uint8_t *out = malloc(strlen(text) / 4 * 3 + 3);
     uint32_t bits = 0;
     int n_bits = 0;
-    vectors_demand(out != NULL, "memory");
+    if (!out) exit(2);
     for (*n = 0; *text && *text != '='; text++) {
         bits = bits << 6 | (uint32_t)vectors_digit(*text);
         n_bits += 6;
@@ -87,7 +87,7 @@ static inline float *vectors_array(const cJSON *array, size_t *n)
     const cJSON *item, *values = cJSON_GetObjectItemCaseSensitive(array, "values");
     cJSON_ArrayForEach (item, vectors_get(array, "shape")) count *= (size_t)item->valuedouble;
     float *out = malloc((count + 1) * sizeof *out);
-    vectors_demand(out != NULL, "memory");
+    if (!out) exit(2);
     if (n) *n = count;
     if (values) {
         vectors_demand((size_t)cJSON_GetArraySize(values) == count, "values and shape differ");
@@ -109,9 +109,9 @@ static inline float *vectors_array(const cJSON *array, size_t *n)
 static inline double *vectors_list(const cJSON *list, size_t *n)
 {
     size_t count = (size_t)cJSON_GetArraySize(list), i = 0;
-    double *out = malloc((count + 1) * sizeof *out);
+    double *out = calloc(count + 1, sizeof *out);
     const cJSON *item;
-    vectors_demand(out != NULL, "memory");
+    if (!out) exit(2);
     cJSON_ArrayForEach (item, list) out[i++] = cJSON_IsNumber(item) ? item->valuedouble : (double)NAN;
     if (n) *n = count;
     return out;

@@ -1,6 +1,7 @@
 /* Memory of the CPU backend: anonymous pages, zeroed and touched at once, so that a shortage shows at start-up with
  * the sizes in the message. What is asked for is compared with what the system and the process's memory cgroups still
  * have before anything is touched: beyond that the kernel would not refuse, it would kill. */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,13 +87,16 @@ static size_t whole_pages(size_t bytes)
     return bytes ? (bytes + page - 1) / page * page : page;
 }
 
-static void touch(char *memory, size_t bytes)
+/* Backs the pages; false where the system has not enough. Kernels before 5.14 cannot say so. */
+static bool touch(char *memory, size_t bytes)
 {
 #ifdef MADV_POPULATE_WRITE
-    if (madvise(memory, bytes, MADV_POPULATE_WRITE) == 0) return;
+    if (madvise(memory, bytes, MADV_POPULATE_WRITE) == 0) return true;
+    if (errno == ENOMEM) return false;
 #endif
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     for (size_t at = 0; at < bytes; at += page) ((volatile char *)memory)[at] = 0;
+    return true;
 }
 
 int cpu__memory_take(struct ops *o, size_t bytes, void **out)
@@ -105,11 +109,12 @@ int cpu__memory_take(struct ops *o, size_t bytes, void **out)
              (double)available / mib);
     size_t size = whole_pages(bytes);
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
+    if (memory != MAP_FAILED && size >= HUGE_PAGE) (void)madvise(memory, size, MADV_HUGEPAGE); /* only an advice */
+    if (memory == MAP_FAILED || !touch(memory, size)) {
+        if (memory != MAP_FAILED) munmap(memory, size);
         FAIL(ERR_NOMEM, "cpu: the system refused %.1f MiB of memory (%.1f MiB available)", (double)bytes / mib,
              (double)available / mib);
-    if (size >= HUGE_PAGE) (void)madvise(memory, size, MADV_HUGEPAGE); /* an advice; without it only slower */
-    touch(memory, size);
+    }
     *out = memory;
     return OK;
 }

@@ -1,7 +1,7 @@
 /* Sampling: one token a row from logits, in the order penalties, temperature, min_p, top_k, top_p.
  *
- * A row is a task. Sums over the vocabulary run in double in the order of ids, and candidates are ranked by falling
- * probability with ties to the lower id, so the same logits, parameters and position give the same token always.
+ * A row is a task. Tokens are ranked by falling probability with ties to the lower id, and a draw is a number in [0, 1)
+ * laid against the sums of that order, so the same logits, parameters and position give the same token always.
  * Of equal values at the k-th place, top_k keeps those of lower ids: top_k 1 is the greedy choice. */
 #include <math.h>
 #include <omp.h>
@@ -12,6 +12,8 @@
 
 /* Below it sampling is greedy: the quotient of a difference of logits and the temperature would overflow. */
 #define LEAST_TEMPERATURE 1e-5f
+
+enum { BUCKET_SHIFT = 20 };
 
 struct candidate {
     float weight; /* exp(logit - best), not normalised */
@@ -59,16 +61,6 @@ static void sift_down(struct candidate *heap, int64_t n, int64_t at)
     heap[at] = moving;
 }
 
-/* The best candidate leaves the heap for the place behind its end: heap[n] after n shrank. */
-static struct candidate pop_best(struct candidate *heap, int64_t *n)
-{
-    struct candidate best = heap[0];
-    heap[0] = heap[--*n];
-    heap[*n] = best;
-    if (*n) sift_down(heap, *n, 0);
-    return best;
-}
-
 /* The best token, the lowest of equals; token 0 where no logit is a number. */
 static int32_t best_id(const struct vector_ops *v, const float *logits, int64_t n)
 {
@@ -93,51 +85,127 @@ static const float *penalise(float *adjusted, const float *logits, const int32_t
     return adjusted;
 }
 
-/* Turns logits into weights and fills candidates with those that pass min_p; returns their number. An infinite logit
- * leaves no weight to the others. */
-static int64_t weigh(const struct vector_ops *v, struct candidate *candidates, float *weight, const float *logits,
-                     int64_t n, const struct sampling_params *p)
+/* Turns logits into weights, those below min_p of the best into 0. An infinite logit leaves no weight to the others. */
+static void weigh(const struct vector_ops *v, float *weight, const float *logits, int64_t n,
+                  const struct sampling_params *p)
 {
     const float best = v->maximum(logits, n);
-    int64_t count = 0;
     if (fabsf(best) == INFINITY)
         for (int64_t i = 0; i < n; i++) weight[i] = logits[i] == best;
     else
         v->exponentials(weight, logits, best, 1 / p->temperature, n);
-    for (int64_t i = 0; i < n; i++)
-        if (weight[i] > 0 && weight[i] >= p->min_p) candidates[count++] = (struct candidate){weight[i], (int32_t)i};
-    return count;
+    for (int64_t i = 0; i < n && p->min_p > 0; i++) weight[i] = weight[i] >= p->min_p ? weight[i] : 0;
 }
 
-/* Draws from candidates: their first top_k by rank, of these the shortest run with probability top_p. Ranked ones
- * gather behind the heap, best at the end of the array. */
-static int32_t draw(struct candidate *candidates, int64_t n, const struct sampling_params *p, double u)
+/* The rank order of the weights, made only where it is looked at: buckets of nearly equal weights (exponent and three
+ * bits more), each with its number and sum, of which one at a time is sorted. */
+enum { BUCKETS = (0x3f800000 >> BUCKET_SHIFT) + 1 };
+
+struct ranking {
+    const float *weight;
+    int64_t n;
+    int64_t count[BUCKETS];
+    double sum[BUCKETS];
+    struct candidate *sorted; /* members of sorted_bucket, best at the end */
+    int sorted_bucket;
+};
+
+/* A run of the best: everything above a bucket and the first `rank` of it; id is the run's last. */
+struct run {
+    int bucket;
+    int64_t rank;
+    double mass;
+    int32_t id;
+};
+
+static int bucket_of(float weight)
 {
-    double total = 0, ranked = 0;
-    int64_t rest = n;
-    for (int64_t i = n / 2 - 1; i >= 0; i--) sift_down(candidates, n, i);
-    if (p->top_k > 0 && p->top_k < n) {
-        while (n - rest < p->top_k) total += (double)pop_best(candidates, &rest).weight;
-    } else {
-        for (int64_t i = 0; i < n; i++) total += (double)candidates[i].weight;
+    uint32_t bits;
+    memcpy(&bits, &weight, sizeof bits);
+    int bucket = (int)(bits >> BUCKET_SHIFT);
+    return bucket < BUCKETS ? bucket : BUCKETS - 1;
+}
+
+/* Returns the whole run; mass 0: there is nothing to draw from. */
+static struct run rank_weights(struct ranking *r, const float *weight, int64_t n, struct candidate *space)
+{
+    struct run all = {.bucket = BUCKETS - 1};
+    memset(r, 0, sizeof *r);
+    r->weight = weight, r->n = n, r->sorted = space, r->sorted_bucket = -1;
+    for (int64_t i = 0; i < n; i++) {
+        if (!(weight[i] > 0)) continue;
+        int bucket = bucket_of(weight[i]);
+        r->count[bucket]++;
+        r->sum[bucket] += (double)weight[i];
+        if (bucket < all.bucket) all.bucket = bucket;
     }
-    const int64_t top_k_end = p->top_k > 0 && p->top_k < n ? n - p->top_k : 0;
-    double bound = total;
-    if (p->top_p < 1) { /* the last one kept is the first whose run reaches top_p */
-        int64_t at = n;
-        while (at > top_k_end && (at == n || ranked < (double)p->top_p * total)) {
-            if (--at < rest) (void)pop_best(candidates, &rest);
-            ranked += (double)candidates[at].weight;
-        }
-        bound = ranked;
+    all.rank = r->count[all.bucket];
+    for (int b = BUCKETS - 1; b >= 0; b--) all.mass += r->sum[b];
+    return all;
+}
+
+static void sort_bucket(struct ranking *r, int bucket)
+{
+    struct candidate *heap = r->sorted;
+    int64_t n = 0;
+    if (r->sorted_bucket == bucket) return;
+    for (int64_t i = 0; i < r->n; i++)
+        if (r->weight[i] > 0 && bucket_of(r->weight[i]) == bucket)
+            heap[n++] = (struct candidate){r->weight[i], (int32_t)i};
+    for (int64_t i = n / 2 - 1; i >= 0; i--) sift_down(heap, n, i);
+    while (n > 1) {
+        struct candidate best = heap[0];
+        heap[0] = heap[--n];
+        heap[n] = best;
+        sift_down(heap, n, 0);
     }
-    double target = u * bound, sum = 0;
-    for (int64_t at = n - 1; at >= 0; at--) {
-        if (at < rest) (void)pop_best(candidates, &rest);
-        sum += (double)candidates[at].weight;
-        if (sum > target || at == top_k_end) return candidates[at].id;
+    r->sorted_bucket = bucket;
+}
+
+static struct candidate ranked(const struct ranking *r, int64_t rank)
+{
+    return r->sorted[r->count[r->sorted_bucket] - 1 - rank];
+}
+
+/* The best k; k is below their number. */
+static struct run best_k(struct ranking *r, int64_t k)
+{
+    struct run run = {.bucket = BUCKETS - 1};
+    for (; r->count[run.bucket] < k; run.bucket--) {
+        k -= r->count[run.bucket];
+        run.mass += r->sum[run.bucket];
     }
-    return candidates[n - 1].id;
+    sort_bucket(r, run.bucket);
+    for (; run.rank < k; run.rank++) run.mass += (double)ranked(r, run.rank).weight;
+    return run;
+}
+
+/* The shortest run within `within` whose mass reaches `mass`. */
+static struct run reach(struct ranking *r, const struct run *within, double mass)
+{
+    struct run run = {.bucket = BUCKETS - 1};
+    while (run.bucket > within->bucket && (!r->count[run.bucket] || run.mass + r->sum[run.bucket] < mass))
+        run.mass += r->sum[run.bucket--];
+    sort_bucket(r, run.bucket);
+    const int64_t members = run.bucket == within->bucket ? within->rank : r->count[run.bucket];
+    while (run.rank < members && (run.rank == 0 || run.mass < mass)) {
+        run.id = ranked(r, run.rank).id;
+        run.mass += (double)ranked(r, run.rank++).weight;
+    }
+    return run;
+}
+
+/* Draws from the weights: their best top_k, of these the shortest run with probability top_p. -1: there are none. */
+static int32_t draw(struct ranking *r, const float *weight, int64_t n, const struct sampling_params *p,
+                    struct candidate *space, double u)
+{
+    struct run run = rank_weights(r, weight, n, space);
+    int64_t count = 0;
+    for (int b = 0; b < BUCKETS; b++) count += r->count[b];
+    if (!count) return -1;
+    if (p->top_k > 0 && p->top_k < count) run = best_k(r, p->top_k);
+    if (p->top_p < 1) run = reach(r, &run, (double)p->top_p * run.mass);
+    return reach(r, &run, u * run.mass).id;
 }
 
 /* Log-probabilities of the best tokens, lower ids first among equals; returns the log of the sum of exponentials, which
@@ -178,8 +246,10 @@ static void sample_row(const struct vector_ops *v, const float *logits, int slot
     const float *scored = penalise(adjusted, logits, token_count, n, p);
     int32_t chosen = best_id(v, scored, n);
     if (p->temperature >= LEAST_TEMPERATURE) {
-        int64_t count = weigh(v, candidates, adjusted, scored, n, p);
-        if (count) chosen = draw(candidates, count, p, uniform(p->seed, position));
+        struct ranking ranking;
+        weigh(v, adjusted, scored, n, p);
+        int32_t drawn = draw(&ranking, adjusted, n, p, candidates, uniform(p->seed, position));
+        chosen = drawn >= 0 ? drawn : chosen;
     }
     state->next_token[slot] = chosen;
     if ((token_count[chosen] & TOKEN_COUNT_MASK) < TOKEN_COUNT_MASK) token_count[chosen]++;

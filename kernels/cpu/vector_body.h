@@ -235,7 +235,7 @@ INLINE int linear_rows(const struct vector_linear *a, int first, int64_t row, in
 {
     const int left = a->m - first;
 #if VECTOR_WIDTH == 16
-    if (left > 6) {
+    if (left > 4) {
         linear_block(a, first, row, end, 8, 3, dtype);
         return 8;
     }

@@ -111,6 +111,38 @@ static void test_prefill(void)
     fixture_close(f);
 }
 
+/* The same prompt in one piece and in chunks, alone and beside another sequence: the same bits. */
+static void test_chunks(void)
+{
+    enum { N = 300, KV = 2, GROUP = 3, DIM = 72, HEADS = KV * GROUP };
+    struct fixture *f = fixture_open(2, 4);
+    struct attention_heads heads = {HEADS, KV, DIM, 0, 0.11f};
+    struct kv_view kv = fixture_cache(f, 3, KV, 30, 3 * KV * 30, 16, DIM);
+    struct tensor q = fixture_3d(f, N, HEADS, DIM, 5), k = fixture_3d(f, N, KV, DIM, 0),
+                  v = fixture_3d(f, N, KV, DIM, 0);
+    struct tensor whole = fixture_3d(f, N, HEADS, DIM, 0), parts = fixture_3d(f, N, HEADS, DIM, 0);
+    const int32_t slot[2] = {2, 0}, cu[2] = {0, N};
+    struct seq_batch batch = {1, N, slot, cu, slot, cu};
+    CHECK_OK(ops_kv_append(&f->ops, &kv, &heads, k, v, &batch));
+    CHECK_OK(ops_attention_prefill(&f->ops, whole, q, k, v, &batch, &kv, &heads));
+    for (int size = 37; size < N; size += 100) {
+        CHECK_OK(ops_kv_reset(&f->ops, &kv));
+        for (int at = 0, n; at < N; at += n) { /* rows at .. of slot 2, and once more as the tokens of slot 0 */
+            n = N - at < size ? N - at : size;
+            const int32_t two[3] = {0, n - n / 3, n}, only[2] = {0, n};
+            struct seq_batch chunk = {1, n, slot, only, slot, only}, both = {2, n, slot, two, slot, two};
+            struct tensor qc = tensor_rows(q, at, n), kc = tensor_rows(k, at, n), vc = tensor_rows(v, at, n);
+            bool shared = at + n == N && n / 3 > 0;
+            CHECK_OK(ops_kv_append(&f->ops, &kv, &heads, kc, vc, shared ? &both : &chunk));
+            CHECK_OK(ops_attention_prefill(&f->ops, tensor_rows(parts, at, n), qc, kc, vc, shared ? &both : &chunk, &kv,
+                                           &heads));
+            CHECK(fixture_same(fixture_row(parts, at), fixture_row(whole, at),
+                               sizeof(float) * (size_t)((shared ? n - n / 3 : n) * HEADS * DIM)));
+        }
+    }
+    fixture_close(f);
+}
+
 /* Decode over lanes of random length that were packed to a random set, in a batch with a padding row. */
 static void compare_decode(struct fixture *f, struct shape s, int longest)
 {
@@ -142,7 +174,7 @@ static void compare_decode(struct fixture *f, struct shape s, int longest)
         struct tensor alone = fixture_3d(f, 1, n_heads, s.dim, 0);
         struct seq_batch single = {.n_seqs = 1, .n_tokens = 1, .slot = slot + row};
         CHECK_OK(ops_attention_decode(&f->ops, alone, tensor_rows(q, row, 1), &single, &kv, &heads));
-        CHECK(memcmp(alone.data, got, sizeof(float) * (size_t)(n_heads * s.dim)) == 0);
+        CHECK(fixture_same(alone.data, got, sizeof(float) * (size_t)(n_heads * s.dim)));
         for (int h = 0; h < n_heads; h++) {
             int lane = slot[row] * s.n_kv_heads + h / s.group, n = slot[row] < 0 ? 0 : kv.lane_len[lane];
             for (int j = 0; j < n; j++) /* in reverse: attention is over a set */
@@ -168,6 +200,7 @@ int main(void)
 {
     return check_run("ops_attention", (struct check_case[]){{"images", test_vision},
                                                             {"prompt chunks", test_prefill},
+                                                            {"however a prompt is chunked", test_chunks},
                                                             {"decode over packed lanes", test_decode},
                                                             {0}});
 }

@@ -194,7 +194,7 @@ static void test_fill(void)
     CHECK_OK(ops_fill_normal(&f->ops, whole, 99, 0.5f, 0, 0, COLS));
     CHECK_OK(ops_fill_normal(&f->ops, part, 99, 0.5f, 11, 60, COLS));
     for (int i = 0; i < 7; i++)
-        CHECK(!memcmp(fixture_row(part, i), fixture_row(whole, 11 + i) + 60, 31 * sizeof(float)));
+        CHECK(fixture_same(fixture_row(part, i), fixture_row(whole, 11 + i) + 60, 31 * sizeof(float)));
     double sum = 0, squares = 0;
     for (int i = 0; i < ROWS * COLS; i++) {
         double x = (double)((float *)whole.data)[i];

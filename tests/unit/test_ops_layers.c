@@ -35,9 +35,9 @@ static void test_gather_scatter(void)
     int32_t *index = fixture_take(f, N * sizeof *index);
     for (int i = 0; i < N; i++) index[i] = (i * 13 + 5) % N;
     CHECK_OK(ops_gather_rows(&f->ops, y, x, index));
-    for (int i = 0; i < N; i++) CHECK(!memcmp(fixture_row(y, i), fixture_row(x, index[i]), W * sizeof(float)));
+    for (int i = 0; i < N; i++) CHECK(fixture_same(fixture_row(y, i), fixture_row(x, index[i]), W * sizeof(float)));
     CHECK_OK(ops_scatter_rows(&f->ops, back, index, y));
-    for (int i = 0; i < N; i++) CHECK(!memcmp(fixture_row(back, i), fixture_row(x, i), W * sizeof(float)));
+    for (int i = 0; i < N; i++) CHECK(fixture_same(fixture_row(back, i), fixture_row(x, i), W * sizeof(float)));
     float before = fixture_row(back, index[0])[0];
     index[0] = -1;
     fixture_row(y, 0)[0] = before + 1;
@@ -58,8 +58,8 @@ static void test_unshard(void)
     CHECK_OK(ops_unshard_columns(&f->ops, y, shards, count));
     for (int i = 0; i < N; i++)
         for (int r = 0, at = 0; r < RANKS; at += count[r++])
-            CHECK(!memcmp(fixture_row(y, i) + at, (float *)shards.data + (r * N + i) * WIDEST,
-                          (size_t)count[r] * sizeof(float)));
+            CHECK(fixture_same(fixture_row(y, i) + at, (float *)shards.data + (r * N + i) * WIDEST,
+                               (size_t)count[r] * sizeof(float)));
     fixture_close(f);
 }
 

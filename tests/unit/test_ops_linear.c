@@ -102,7 +102,7 @@ static void test_row_independent(void)
             struct tensor some = fixture_2d(f, n, OUT, 0), alone = fixture_2d(f, 1, OUT, 0);
             CHECK_OK(ops_linear(&f->ops, some, tensor_rows(x, 0, n), w, NULL));
             CHECK_OK(ops_linear(&one->ops, alone, tensor_rows(x, n - 1, 1), w, NULL));
-            CHECK(memcmp(fixture_row(some, n - 1), alone.data, OUT * sizeof(float)) == 0);
+            CHECK(fixture_same(fixture_row(some, n - 1), alone.data, OUT * sizeof(float)));
             if (n == N) memcpy(y.data, some.data, tensor_bytes(y));
         }
         CHECK_OK(ops_linear(&one->ops, fixture_2d(f, N, OUT, 0), x, w, NULL));
@@ -121,7 +121,7 @@ static void test_repeatable(void)
     for (int i = 0; i < 5; i++) {
         CHECK_OK(ops_linear(&f->ops, a, x, w, NULL));
         CHECK_OK(ops_linear(&f->ops, b, x, w, NULL));
-        CHECK(memcmp(a.data, b.data, tensor_bytes(a)) == 0);
+        CHECK(fixture_same(a.data, b.data, tensor_bytes(a)));
     }
     fixture_close(f);
 }

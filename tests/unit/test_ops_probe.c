@@ -70,12 +70,12 @@ static struct tensor query_rows(struct fixture *f, const struct input *in, int f
     return q;
 }
 
-static void check_columns(const cJSON *columns, const float *got, int n_heads, int n_kv_heads, int m)
+static void check_columns(struct fixture *f, const cJSON *columns, const float *got, int n_heads, int n_kv_heads, int m)
 {
     const int group = n_heads / n_kv_heads;
     int wrong = 0;
     for (int g = 0; g < n_kv_heads; g++) {
-        double *sum = calloc((size_t)m, sizeof *sum);
+        double *sum = fixture_take(f, sizeof *sum * (size_t)m);
         for (int h = g * group; h < (g + 1) * group; h++) {
             double *head = vectors_list(cJSON_GetArrayItem(columns, h), NULL);
             for (int j = 0; j < m; j++) sum[j] += head[j];
@@ -83,7 +83,6 @@ static void check_columns(const cJSON *columns, const float *got, int n_heads, i
         }
         for (int j = 0; j < m; j++)
             wrong += !(fabs((double)got[g * m + j] - sum[j]) <= 1e-4 * fabs(sum[j]) + 1e-8 * group);
-        free(sum);
     }
     CU_ASSERT_EQUAL(wrong, 0);
 }
@@ -129,7 +128,7 @@ static void check_case_of_file(const cJSON *entry, const cJSON *inputs)
         CHECK(fabs((double)kept[h] - want) <= doubtful);
     }
     const cJSON *columns = cJSON_GetObjectItemCaseSensitive(entry, "columns");
-    if (columns) check_columns(columns, probe.column_sum, in.n_heads, in.n_kv_heads, in.m);
+    if (columns) check_columns(f, columns, probe.column_sum, in.n_heads, in.n_kv_heads, in.m);
     const cJSON *output = cJSON_GetObjectItemCaseSensitive(entry, "output_last_row");
     if (output && in.v) check_last_row(f, output, &in, &kv, &heads);
     fixture_close(f);

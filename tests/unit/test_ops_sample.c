@@ -124,6 +124,72 @@ static void test_distribution(void)
     fixture_close(f);
 }
 
+struct weighted {
+    double weight;
+    int id;
+};
+
+static int by_rank(const void *a, const void *b)
+{
+    const struct weighted *x = a, *y = b;
+    if (x->weight != y->weight) return x->weight < y->weight ? 1 : -1;
+    return x->id - y->id;
+}
+
+/* Whether `token` is what a plain ranking of all tokens gives for the number u, within the rounding of weights. */
+static int plainly_drawn(const float *logits, int n, const struct sampling_params *p, double u, int token)
+{
+    struct weighted *all = malloc(sizeof *all * (size_t)n);
+    double best = -INFINITY, total = 0, sum = 0;
+    int kept = 0, ok = 0;
+    for (int i = 0; i < n; i++) best = (double)logits[i] > best ? (double)logits[i] : best;
+    for (int i = 0; i < n; i++) {
+        all[i] = (struct weighted){exp(((double)logits[i] - best) / (double)p->temperature), i};
+        if (all[i].weight < (double)p->min_p) all[i].weight = 0;
+    }
+    qsort(all, (size_t)n, sizeof *all, by_rank);
+    int most = p->top_k > 0 && p->top_k < n ? p->top_k : n;
+    for (int i = 0; i < most; i++) total += all[i].weight;
+    for (kept = 0; kept < most && (kept == 0 || sum < (double)p->top_p * total); kept++) sum += all[kept].weight;
+    double at = u * sum, slack = 1e-5 * total, before = 0;
+    for (int i = 0; i < kept && all[i].weight > 0; i++) {
+        if (all[i].id == token) ok = at > before - slack && at < before + all[i].weight + slack;
+        before += all[i].weight;
+    }
+    free(all);
+    return ok;
+}
+
+static void test_plain_ranking(void)
+{
+    enum { MOST = 3000 };
+    struct fixture *f = fixture_open(1, 8);
+    struct sampling_state state = take_state(f, 1, MOST);
+    const int32_t slot[1] = {0};
+    float *logits = fixture_floats(f, MOST, 1);
+    int wrong = 0;
+    for (int i = 0; i < 3000; i++) {
+        struct sampling_params p = {.temperature = 0.2f + (float)fixture_int(f, 0, 20) * 0.1f,
+                                    .top_p = i % 3 ? (float)fixture_int(f, 0, 1000) * 0.001f + 0.00037f : 1,
+                                    .min_p = i % 5 ? 0 : (float)fixture_int(f, 0, 100) * 0.00317f,
+                                    .repetition_penalty = 1,
+                                    .top_k = i % 2 ? fixture_int(f, 1, 100) : 0,
+                                    .seed = (uint64_t)i};
+        state.vocab_size = fixture_int(f, 1, i % 10 ? 60 : MOST);
+        const float spread = (float)fixture_int(f, 1, 6);
+        for (int j = 0; j < state.vocab_size; j++) {
+            logits[j] = spread * fixture_normal(f);
+            if (i % 4 == 0) logits[j] = rintf(logits[j]); /* ties */
+        }
+        CHECK_OK(ops_sampling_begin(&f->ops, &state, 0, &p, NULL, 0));
+        CHECK_OK(ops_sample(&f->ops, tensor_2d(logits, DTYPE_F32, 1, state.vocab_size), slot, &state));
+        double u = (double)(hash_mix(p.seed, 0) >> 11) * 0x1p-53;
+        wrong += !plainly_drawn(logits, state.vocab_size, &p, u, state.next_token[0]);
+    }
+    CU_ASSERT_EQUAL(wrong, 0);
+    fixture_close(f);
+}
+
 static void test_repeatable(void)
 {
     enum { VOCAB = 49152, ROWS = 4 };
@@ -145,8 +211,8 @@ static void test_repeatable(void)
             memcpy(copy, logits + i * VOCAB, sizeof(float) * VOCAB);
             CHECK_OK(ops_sample(&one->ops, tensor_2d(copy, DTYPE_F32, 1, VOCAB), slot + i, &b));
         }
-        CHECK(!memcmp(a.next_token, b.next_token, sizeof first));
-        CHECK(!memcmp(a.logprob, b.logprob, sizeof(float) * ROWS * (1 + MAX_LOGPROBS)));
+        CHECK(fixture_same(a.next_token, b.next_token, sizeof first));
+        CHECK(fixture_same(a.logprob, b.logprob, sizeof(float) * ROWS * (1 + MAX_LOGPROBS)));
         if (step) changed += memcmp(a.next_token, first, sizeof first) != 0;
         memcpy(first, a.next_token, sizeof first);
     }
@@ -249,6 +315,7 @@ int main(void)
     return check_run("ops_sample", (struct check_case[]){{"greedy, ties, positions, counts", test_greedy},
                                                          {"penalties", test_penalties},
                                                          {"distributions of the filters", test_distribution},
+                                                         {"as a plain ranking", test_plain_ranking},
                                                          {"same seed and position, same token", test_repeatable},
                                                          {"log-probabilities", test_logprobs},
                                                          {"odd logits", test_odd_logits},

@@ -19,7 +19,7 @@ static void compare_linear(struct fixture *f, const struct vector_ops *v, enum d
     struct vector_linear a = {y, x, bias, data, n, k, k, m, k, n, dtype};
     v->linear(&a);
     v->widen(wide, data, dtype, (int64_t)n * k);
-    CHECK(!memcmp(wide, w, sizeof(float) * (size_t)(n * k)));
+    CHECK(fixture_same(wide, w, sizeof(float) * (size_t)(n * k)));
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             double sum = (double)bias[j];
