@@ -315,8 +315,9 @@ INLINE vec vec_scale(vec p, vec n_and_magic)
 #endif
 }
 
-/* exp(x) within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of the Cephes library. Underflow is
- * gradual, -inf gives 0, NaN stays. Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the low bits. */
+/* exp(x) within 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of the Cephes library.
+ * Underflow is gradual, -inf gives 0, NaN stays. Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the low
+ * bits. */
 INLINE vec vec_exp(vec x)
 {
     x = vec_max(vec_set(-104.0f), vec_min(vec_set(89.0f), x)); /* a NaN passes as the second operand */
