@@ -80,7 +80,7 @@ struct service {
     struct engine *engine;
     struct prompt_builder *builder; /* rank 0; NULL for models without tokenizer */
     struct tokenizer *tokenizer;    /* then this, the demo's */
-    bool first;                     /* this is rank 0 */
+    bool first, stopped;            /* this is rank 0; the others follow no more */
 };
 
 static inline struct config service_config(const char *model, const char *const *settings)
@@ -120,9 +120,16 @@ static inline bool service_follow(struct service *s)
     return true;
 }
 
+/* service_stop - rank 0: the others return from following, and all ranks may look at their engine before it closes. */
+static inline void service_stop(struct service *s)
+{
+    if (s->first && !s->stopped) DEMAND(engine_stop(s->engine));
+    s->stopped = true;
+}
+
 static inline void service_close(struct service *s)
 {
-    if (s->first) DEMAND(engine_stop(s->engine));
+    service_stop(s);
     engine_close(s->engine);
     prompt_close(s->builder);
     tokenizer_close(s->tokenizer);
@@ -378,6 +385,28 @@ static inline float *golden_floats(const cJSON *object, const char *key, size_t 
     free(raw);
     *n = bytes / sizeof *out;
     return out;
+}
+
+static inline int golden_tokens(const cJSON *item, int32_t *tokens)
+{
+    int n = 0;
+    const cJSON *token;
+    cJSON_ArrayForEach (token, vectors_get(item, "tokens")) tokens[n++] = token->valueint;
+    return n;
+}
+
+/* The prompt of an item of smollm2.json; its ids must be the reference's. */
+static inline struct request request_smollm2(const struct service *s, const cJSON *item)
+{
+    const char *text = vectors_string(item, "prompt");
+    struct prompt_text prompt = {.text = text, .size = strlen(text), .raw = true};
+    struct request r;
+    DEMAND(prompt_from_text(s->builder, &prompt, NULL, "smollm2", &r));
+    CHECK(r.n_ids == cJSON_GetArraySize(vectors_get(item, "ids")));
+    for (int i = 0; i < r.n_ids; i++) CHECK(r.ids[i] == cJSON_GetArrayItem(vectors_get(item, "ids"), i)->valueint);
+    r.max_tokens = cJSON_GetArraySize(vectors_get(item, "tokens"));
+    r.sampling = (struct sampling_params){.top_p = 1, .repetition_penalty = 1};
+    return r;
 }
 
 /* Collects every call's first row of logits: the steps of a request that runs alone. */

@@ -19,14 +19,6 @@ static double check_row(const char *what, int step, const float *got, const floa
 
 /* ---- tiny models ---- */
 
-static int prompt_tokens(const cJSON *prompt, int32_t *tokens)
-{
-    int n = 0;
-    const cJSON *item;
-    cJSON_ArrayForEach (item, vectors_get(prompt, "tokens")) tokens[n++] = item->valueint;
-    return n;
-}
-
 /* One prompt alone, every step's logits. */
 static double run_alone(struct service *s, const cJSON *prompt, const char *what)
 {
@@ -34,7 +26,7 @@ static double run_alone(struct service *s, const cJSON *prompt, const char *what
     struct seen_logits seen = {0};
     int32_t tokens[64];
     size_t n;
-    int steps = prompt_tokens(prompt, tokens);
+    int steps = golden_tokens(prompt, tokens);
     double worst = 0;
     float *want = golden_floats(prompt, "logits", &n);
     struct request r = request_golden(prompt, &engine_dims(s->engine)->vision, steps);
@@ -73,7 +65,7 @@ static void run_model(const char *name, const char *model, const cJSON *prompts,
     service_run(&s);
     n = 0;
     cJSON_ArrayForEach (prompt, prompts) {
-        CHECK(answer_is(&answers[n], tokens, prompt_tokens(prompt, tokens)));
+        CHECK(answer_is(&answers[n], tokens, golden_tokens(prompt, tokens)));
         answer_free(&answers[n++]);
     }
     printf("\n    %-18s worst difference %.1e of the spread", name, worst);
@@ -123,7 +115,7 @@ static double run_item(struct service *s, const cJSON *item, struct request *r, 
     struct seen_logits seen = {0};
     int32_t tokens[256];
     size_t n;
-    int n_tokens = prompt_tokens(item, tokens);
+    int n_tokens = golden_tokens(item, tokens);
     double budget = vectors_number(item, "budget"), worst = 0;
     const cJSON *top = cJSON_GetObjectItemCaseSensitive(item, "top");
     float *want = golden_floats(item, "logits", &n);
@@ -190,19 +182,6 @@ static void test_demo_chunks(void)
 }
 
 /* ---- SmolLM2 ---- */
-
-static struct request request_smollm2(const struct service *s, const cJSON *item)
-{
-    const char *text = vectors_string(item, "prompt");
-    struct prompt_text prompt = {.text = text, .size = strlen(text), .raw = true};
-    struct request r;
-    DEMAND(prompt_from_text(s->builder, &prompt, NULL, "smollm2", &r));
-    CHECK(r.n_ids == cJSON_GetArraySize(vectors_get(item, "ids")));
-    for (int i = 0; i < r.n_ids; i++) CHECK(r.ids[i] == cJSON_GetArrayItem(vectors_get(item, "ids"), i)->valueint);
-    r.max_tokens = cJSON_GetArraySize(vectors_get(item, "tokens"));
-    r.sampling = (struct sampling_params){.top_p = 1, .repetition_penalty = 1};
-    return r;
-}
 
 /* The first items of smollm2.json with this dtype of the weights. */
 static void run_smollm2(const char *dtype, int n_items, double allowed)
