@@ -360,9 +360,9 @@ int weights_place(struct weights *w, struct arena *arena, const struct checkpoin
     return OK;
 }
 
-int64_t weights_step_elements(const struct weights *w)
+int64_t weights_layer_elements(const struct weights *w)
 {
-    int64_t n = tensor_count(w->lm_head);
+    int64_t n = 0;
     for (int l = 0; l < w->n_layers; l++) {
         const struct decoder_layer *layer = &w->layers[l];
         n += tensor_count(layer->qkv) + tensor_count(layer->o) + tensor_count(layer->gate_up) +

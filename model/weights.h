@@ -58,9 +58,10 @@ int weights_check(const struct weights *w, const struct checkpoint *checkpoint) 
 int weights_place(struct weights *w, struct arena *arena, const struct checkpoint *checkpoint, enum dtype dtype,
                   enum dtype activation) MUST_CHECK;
 
-/* weights_step_bytes, weights_step_elements - matrices that every decode step reads once: all layers and the head. */
+/* weights_step_bytes - matrices that every decode step reads once: all layers and the head. weights_layer_elements -
+ * those of the layers alone, which every prompt token passes. */
 size_t weights_step_bytes(const struct weights *w);
-int64_t weights_step_elements(const struct weights *w);
+int64_t weights_layer_elements(const struct weights *w);
 
 /* What a load reports as it goes; called a few times a second. */
 struct load_progress {

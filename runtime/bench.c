@@ -118,11 +118,12 @@ static int run_batch(struct bench *b, struct bench_run *run)
     return OK;
 }
 
-/* Fractions of what the device can do: matrix products of the prompt; bytes of weights and cache of a decode step. */
+/* Fractions of what the device can do. Prefill: products with the layers' matrices, and the causal half of attention
+ * (the head, one row a prompt, is left out). Decode: bytes of weights and cache that a step must read. */
 static void compare_with_floor(const struct bench *b, struct bench_run *run)
 {
-    double tokens = (double)run->batch * b->options->prompt_len;
-    double flops = 2.0 * tokens * (double)b->floor.weight_elements;
+    double m = b->options->prompt_len, tokens = run->batch * m;
+    double flops = 2.0 * tokens * (double)b->floor.layer_elements + 2.0 * tokens * m * (double)b->floor.attention_width;
     double generated = (double)run->batch * b->options->gen_len / 2.0;
     double bytes = (double)b->floor.weight_bytes + (double)run->kv_bytes + generated * (double)b->floor.kv_token_bytes;
     run->fraction_of_gemm = flops / (run->prefill_ms * 1e-3) / (b->floor.sum.gemm_tflops * 1e12);

@@ -119,19 +119,21 @@ int engine_abort_all(struct engine *e) { return scheduler_abort_all(e->scheduler
 static int measure(struct engine *e, struct engine_floor *out)
 {
     const struct weights *w = model_weights(e->resources.model);
-    struct engine_floor mine = {.weight_bytes = weights_step_bytes(w), .weight_elements = weights_step_elements(w)};
+    struct engine_floor mine = {.weight_bytes = weights_step_bytes(w), .layer_elements = weights_layer_elements(w)};
     struct engine_floor *all = calloc((size_t)e->comm->size, sizeof *all);
     if (!all) FAIL(ERR_NOMEM, "engine: out of host memory");
     int rc = comm_barrier(e->comm);
     if (!rc) rc = ops_ceilings(&e->ops, mine.weight_bytes, &mine.sum);
     if (!rc) rc = comm_all_gather_host(e->comm, all, &mine, sizeof mine);
-    *out = (struct engine_floor){.kv_token_bytes = resources_token_bytes(&e->resources.dims, e->ops.dtype)};
+    const struct model_dims *dims = &e->resources.dims;
+    *out = (struct engine_floor){.kv_token_bytes = resources_token_bytes(dims, e->ops.dtype),
+                                 .attention_width = (int64_t)dims->n_layers * dims->n_heads * dims->head_dim};
     for (int r = 0; r < e->comm->size && !rc; r++) {
         out->sum.gemm_tflops += all[r].sum.gemm_tflops;
         out->sum.gemv_gbs += all[r].sum.gemv_gbs;
         out->sum.copy_gbs += all[r].sum.copy_gbs;
         out->weight_bytes += all[r].weight_bytes;
-        out->weight_elements += all[r].weight_elements;
+        out->layer_elements += all[r].layer_elements;
     }
     free(all);
     return rc;

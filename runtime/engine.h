@@ -54,13 +54,13 @@ int engine_stop(struct engine *engine) MUST_CHECK;
 int engine_set_policy(struct engine *engine, const struct policy_config *config) MUST_CHECK;
 
 /* engine_ceilings - rank 0 calls, followers obey, nothing active: what all ranks' devices do at the same time, summed;
- * and what a step costs at least: bytes of weights that a decode step reads on all ranks, and matrix elements (a prompt
- * token takes two operations each). For bench. */
+ * and what a step costs at least. For bench. */
 struct engine_floor {
     struct ops_ceilings sum;
-    size_t weight_bytes;
-    int64_t weight_elements;
-    int64_t kv_token_bytes; /* K and V of one token, all layers and ranks */
+    size_t weight_bytes;     /* of matrices, that a decode step reads on all ranks */
+    int64_t layer_elements;  /* matrix elements of all layers and ranks: a prompt token takes two operations each */
+    int64_t attention_width; /* query heads * head_dim over all layers: 4 operations each and (query, key) pair */
+    int64_t kv_token_bytes;  /* K and V of one token, all layers and ranks */
 };
 int engine_ceilings(struct engine *engine, struct engine_floor *out) MUST_CHECK;
 
