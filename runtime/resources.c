@@ -55,7 +55,8 @@ static int find_pixel_scale(const struct resources *r, struct model_options *opt
     if (file_exists(path)) TRY(image_processor_load(path, &processor));
     image_processor_output_size(&processor, &height, &width);
     if (height != size || width != size)
-        FAIL(ERR_FORMAT, "%s: images come out as %d x %d, the vision tower takes %d x %d", path, width, height, size, size);
+        FAIL(ERR_FORMAT, "%s: images come out as %d x %d, the vision tower takes %d x %d", path, width, height, size,
+             size);
     image_processor_scale_shift(&processor, options->pixel_scale, options->pixel_shift);
     return OK;
 }

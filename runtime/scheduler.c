@@ -166,7 +166,7 @@ static bool admit(struct scheduler *s)
     *seq = *q;
     seq->kept = kept;
     memset(kept, 0, (size_t)s->dims->n_layers * sizeof *kept); /* its last sequence's */
-    seq->stream.request = &seq->request; /* it moved with the sequence */
+    seq->stream.request = &seq->request;                       /* it moved with the sequence */
     seq->slot = slot;
     seq->state = SEQUENCE_PREFILL;
     seq->admitted_at = clock_seconds();

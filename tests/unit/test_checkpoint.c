@@ -5,9 +5,9 @@
 #include <sys/stat.h>
 
 #include "base/file.h"
-#include "tests/check.h"
 #include "model/dequant.h"
 #include "model_files.h"
+#include "tests/check.h"
 
 #define DATA SOURCE_DIR "/tests/data/checkpoint/"
 #define DEMO SOURCE_DIR "/models/demo-vlm"

@@ -2,8 +2,8 @@
 #include "model/dims.h"
 
 #include "base/json.h"
-#include "tests/check.h"
 #include "model_files.h"
+#include "tests/check.h"
 
 static double number(const cJSON *want, const char *key)
 {

@@ -4,8 +4,8 @@
 #include <fcntl.h>
 
 #include "base/file.h"
-#include "tests/check.h"
 #include "model_files.h"
+#include "tests/check.h"
 
 #define TENSOR(name, dtype, shape, offsets)                                                                            \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
