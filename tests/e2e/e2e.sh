@@ -1,3 +1,4 @@
+# shellcheck shell=sh disable=SC2034,SC2120
 # e2e.sh - what the end-to-end tests share: a scratch directory, counting, running the program with a time limit, and
 # finding its processes. Sourced by a test that was called with VITRAIL SOURCE_DIR JSON_FIELDS; nothing here knows what
 # a test is about. Every process started through `start` carries a mark in its environment, so that a test can tell
@@ -7,6 +8,7 @@ vitrail=$1 source_dir=$2 json_fields=$3
 cd "$source_dir" || exit 2
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
+export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=0}" # MPI leaks by itself
 mpirun=${MPIEXEC:-mpirun}
 work=$(mktemp -d)
 out=$work/out err=$work/err

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/e2e.sh"
 short=${4:-}
 n_lines=200 n_kills=14
-[ -z "$short" ] || n_lines=24 n_kills=2
+[ -z "$short" ] || n_lines=12 n_kills=1
 
 # Questions about pages, by file: and by data: URL, among lines of text of all lengths and ways of sampling.
 write_jobs() {

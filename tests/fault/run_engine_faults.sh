@@ -162,8 +162,10 @@ list_cases | grep -E -e "$cases" >"$work/cases"
 i=0
 while [ $i -lt $n_workers ]; do
     worker $i >"$work/report$i" 2>&1 &
+    workers="${workers:-} $!"
     i=$((i + 1))
 done
+trap 'kill $workers 2>/dev/null; exit 143' TERM
 wait
 cat "$work"/report*
 cat "$work"/counts* | awk '{ passed += $1; failed += $2 } END { print passed " passed, " failed " failed" }' |
