@@ -81,7 +81,7 @@ int liveness_open(struct comm *c, const struct liveness_options *options, struct
                            .n_slots = c->local_size,
                            .me = c->local_rank,
                            .sight = sight};
-    if (l->options.stop_grace <= 0) l->options.stop_grace = 10;
+    if (l->options.stop_grace <= 0) l->options.stop_grace = 8; /* all are gone within 10 s */
     comm_watch(c, &l->segment->slot[l->me].calls, &l->segment->stop_signal);
     rc = join(l);
     bool joined = !rc;

@@ -27,7 +27,7 @@ struct liveness;
 
 struct liveness_options {
     double watchdog_timeout;         /* seconds inside a step without progress; 0: off */
-    double stop_grace;               /* seconds from the first signal to a forced end; 0: 10 */
+    double stop_grace;               /* seconds from the first signal to a forced end; 0: 8 */
     void (*cleanup)(void *argument); /* called once before a forced exit, from the watching thread; may be NULL */
     void *cleanup_argument;
 };
