@@ -17,84 +17,7 @@ static double check_row(const char *what, int step, const float *got, const floa
     return d;
 }
 
-/* ---- tiny models ---- */
-
-/* One prompt alone, every step's logits. */
-static double run_alone(struct service *s, const cJSON *prompt, const char *what)
-{
-    struct answer a;
-    struct seen_logits seen = {0};
-    int32_t tokens[64];
-    size_t n;
-    int steps = golden_tokens(prompt, tokens);
-    double worst = 0;
-    float *want = golden_floats(prompt, "logits", &n);
-    struct request r = request_golden(prompt, &engine_dims(s->engine)->vision, steps);
-    service_watch(s, &seen);
-    service_submit(s, &r, &a);
-    service_run(s);
-    service_watch(s, NULL);
-    CHECK(answer_is(&a, tokens, steps));
-    CHECK(seen.n >= steps && n == (size_t)steps * seen.vocab);
-    for (int i = 0; i < steps && i < seen.n; i++) {
-        size_t at = (size_t)i * seen.vocab;
-        worst = fmax(worst, check_row(what, i, seen.row + at, want + at, seen.vocab, 0, tolerance));
-    }
-    free(seen.row);
-    free(want);
-    answer_free(&a);
-    return worst;
-}
-
-/* All prompts of a model, one by one and then together. */
-static void run_model(const char *name, const char *model, const cJSON *prompts, const char *const *settings)
-{
-    struct service s;
-    struct answer answers[8];
-    double worst = 0;
-    int n = 0;
-    const cJSON *prompt;
-    int32_t tokens[64];
-    service_open(&s, &ranks, model, settings);
-    cJSON_ArrayForEach (prompt, prompts) worst = fmax(worst, run_alone(&s, prompt, name));
-    cJSON_ArrayForEach (prompt, prompts) {
-        struct request r =
-            request_golden(prompt, &engine_dims(s.engine)->vision, cJSON_GetArraySize(vectors_get(prompt, "tokens")));
-        service_submit(&s, &r, &answers[n++]);
-    }
-    service_run(&s);
-    n = 0;
-    cJSON_ArrayForEach (prompt, prompts) {
-        CHECK(answer_is(&answers[n], tokens, golden_tokens(prompt, tokens)));
-        answer_free(&answers[n++]);
-    }
-    printf("\n    %-18s worst difference %.1e of the spread", name, worst);
-    service_close(&s);
-}
-
-static void test_shapes(void)
-{
-    static const char *const names[] = {"mha",         "gqa_tied",   "biases",      "rope_llama3",
-                                        "rope_linear", "mistral",    "head_dim",    "heads_6",
-                                        "heads_7",     "heads_9",    "heads_14",    "heads_14_one_kv",
-                                        "llava",       "llava_full", "llava_layer", "llava_embeddings"};
-    static const char *const chunked[] = {"max_num_batched_tokens", "17", NULL};
-    static const char *const widened[] = {"dtype", "float32", NULL};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char path[512];
-        snprintf(path, sizeof path, "%.100s/golden.json", names[i]);
-        cJSON *golden = golden_load(path);
-        const cJSON *prompts = vectors_get(golden, "prompts");
-        snprintf(path, sizeof path, GOLDEN "/%.100s", names[i]);
-        run_model(names[i], path, prompts, NULL);
-        run_model("  in chunks of 17", path, prompts, chunked);
-        if (!SLOW_BUILD) run_model("  as float32", path, prompts, widened);
-        cJSON_Delete(golden);
-    }
-    printf("\n  ");
-}
-
-/* ---- the demo model ---- */
+/* ---- one golden answer ---- */
 
 static void check_kept(const cJSON *item, const struct answer *a)
 {
@@ -144,6 +67,103 @@ static double run_item(struct service *s, const cJSON *item, struct request *r, 
     answer_free(&a);
     return worst;
 }
+
+/* ---- tiny models ---- */
+
+/* One prompt alone, every step's logits. */
+static double run_alone(struct service *s, const cJSON *prompt, const char *what)
+{
+    struct answer a;
+    struct seen_logits seen = {0};
+    int32_t tokens[64];
+    size_t n;
+    int steps = golden_tokens(prompt, tokens);
+    double worst = 0;
+    float *want = golden_floats(prompt, "logits", &n);
+    struct request r = request_golden(prompt, &engine_dims(s->engine)->vision, steps);
+    int chunk = engine_config(s->engine)->max_num_batched_tokens, n_chunks = (r.n_ids + chunk - 1) / chunk;
+    int64_t before = service_counters(s).steps;
+    service_watch(s, &seen);
+    service_submit(s, &r, &a);
+    service_run(s);
+    service_watch(s, NULL);
+    CHECK(answer_is(&a, tokens, steps));
+    CHECK(service_counters(s).steps - before >= n_chunks + steps - 1);
+    CHECK(seen.n >= steps && n == (size_t)steps * seen.vocab);
+    for (int i = 0; i < steps && i < seen.n; i++) {
+        size_t at = (size_t)i * seen.vocab;
+        worst = fmax(worst, check_row(what, i, seen.row + at, want + at, seen.vocab, 0, tolerance));
+    }
+    free(seen.row);
+    free(want);
+    answer_free(&a);
+    return worst;
+}
+
+/* The same prompt with VL-Cache. */
+static double run_compressed(struct service *s, const cJSON *prompt)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(prompt, "compressed");
+    if (!item || engine_config(s->engine)->max_num_batched_tokens < 20) return 0; /* too few for the judging rows */
+    struct request r =
+        request_golden(prompt, &engine_dims(s->engine)->vision, cJSON_GetArraySize(vectors_get(item, "tokens")));
+    return run_item(s, item, &r, tolerance);
+}
+
+/* All prompts of a model, one by one and then together. */
+static void run_model(const char *name, const char *model, const cJSON *prompts, const char *const *settings)
+{
+    struct service s;
+    struct answer answers[8];
+    double worst = 0;
+    int n = 0;
+    const cJSON *prompt;
+    int32_t tokens[64];
+    service_open(&s, &ranks, model, settings);
+    cJSON_ArrayForEach (prompt, prompts) {
+        worst = fmax(worst, run_alone(&s, prompt, name));
+        worst = fmax(worst, run_compressed(&s, prompt));
+    }
+    cJSON_ArrayForEach (prompt, prompts) {
+        struct request r =
+            request_golden(prompt, &engine_dims(s.engine)->vision, cJSON_GetArraySize(vectors_get(prompt, "tokens")));
+        service_submit(&s, &r, &answers[n++]);
+    }
+    service_run(&s);
+    n = 0;
+    cJSON_ArrayForEach (prompt, prompts) {
+        CHECK(answer_is(&answers[n], tokens, golden_tokens(prompt, tokens)));
+        answer_free(&answers[n++]);
+    }
+    printf("\n    %-18s worst difference %.1e of the spread", name, worst);
+    service_close(&s);
+}
+
+static void test_shapes(void)
+{
+    static const char *const names[] = {"mha",         "gqa_tied",   "biases",      "rope_llama3",
+                                        "rope_linear", "mistral",    "head_dim",    "heads_6",
+                                        "heads_7",     "heads_9",    "heads_14",    "heads_14_one_kv",
+                                        "llava",       "llava_full", "llava_layer", "llava_embeddings"};
+    static const char *const whole[] = {"kv_cache.policy", "vl_cache", NULL};
+    const char *chunked[] = {"max_num_batched_tokens", "17", "kv_cache.policy", "vl_cache", NULL};
+    static const char *const widened[] = {"dtype", "float32", "kv_cache.policy", "vl_cache", NULL};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%.100s/golden.json", names[i]);
+        cJSON *golden = golden_load(path);
+        const cJSON *prompts = vectors_get(golden, "prompts");
+        snprintf(path, sizeof path, GOLDEN "/%.100s", names[i]);
+        run_model(names[i], path, prompts, whole);
+        chunked[1] = strstr(names[i], "llava") ? "24" : strstr(names[i], "rope") ? "70" : "17";
+        run_model("  in chunks", path, prompts, chunked);
+        if (!SLOW_BUILD) run_model("  as float32", path, prompts, widened);
+        cJSON_Delete(golden);
+    }
+    printf("\n  ");
+}
+
+/* ---- the demo model ---- */
 
 /* The items of demo.json; long_ones: only those of several pages. */
 static void run_demo(const char *const *settings, bool long_ones)

@@ -17,6 +17,43 @@ static void on_all_ranks(const char *model, const char *const *settings,
     service_close(&s);
 }
 
+/* ---- against the reference ---- */
+
+/* Whether an answer is the reference's, or differs where the reference itself had hardly a preference. */
+static bool tokens_agree(const cJSON *item, const struct answer *a)
+{
+    int32_t tokens[256];
+    int n = golden_tokens(item, tokens), at = 0;
+    if (answer_is(a, tokens, n)) return true;
+    while (at < n && at < a->n_tokens && tokens[at] == a->tokens[at]) at++;
+    double margin = at < n ? cJSON_GetArrayItem(vectors_get(item, "margins"), at)->valuedouble : INFINITY;
+    fprintf(stderr, "%s at %g: token %d differs, where the reference's margin is %g\n", vectors_string(item, "id"),
+            vectors_number(item, "budget"), at, margin);
+    return margin < 0.05;
+}
+
+static bool budgets_agree(const cJSON *item, const struct answer *a)
+{
+    const cJSON *k;
+    int l = 0, different = 0;
+    cJSON_ArrayForEach (k, vectors_get(item, "kept")) different += l >= a->n_layers || a->kept[l++] != k->valueint;
+    if (!different && l == a->n_layers) return true;
+    fprintf(stderr, "%s at %g: %d layers keep another number; %d entries lie near the threshold\n",
+            vectors_string(item, "id"), vectors_number(item, "budget"), different, vectors_int(item, "doubtful"));
+    return vectors_int(item, "doubtful") > 0;
+}
+
+static void check_item(struct service *s, const cJSON *item, struct request *r)
+{
+    struct answer a;
+    r->budget = (struct kv_budget){vectors_number(item, "budget"), 0};
+    service_submit(s, r, &a);
+    service_run(s);
+    CHECK(tokens_agree(item, &a));
+    CHECK(budgets_agree(item, &a));
+    answer_free(&a);
+}
+
 /* ---- random models ---- */
 
 enum { ASKED = 9 };
@@ -81,6 +118,10 @@ static double check_golden(struct service *s, const cJSON *prompts)
         answer_free(&a);
         free(seen.row);
         free(want);
+        const cJSON *item = cJSON_GetObjectItemCaseSensitive(prompt, "compressed");
+        if (!item) continue;
+        r = request_golden(prompt, &engine_dims(s->engine)->vision, steps);
+        check_item(s, item, &r);
     }
     CHECK(worst <= 1e-3);
     return worst;
@@ -129,41 +170,6 @@ static void test_random_models(void)
 
 /* ---- real models ---- */
 
-/* Whether an answer is the reference's, or differs where the reference itself had hardly a preference. */
-static bool tokens_agree(const cJSON *item, const struct answer *a)
-{
-    int32_t tokens[256];
-    int n = golden_tokens(item, tokens), at = 0;
-    if (answer_is(a, tokens, n)) return true;
-    while (at < n && at < a->n_tokens && tokens[at] == a->tokens[at]) at++;
-    double margin = at < n ? cJSON_GetArrayItem(vectors_get(item, "margins"), at)->valuedouble : INFINITY;
-    fprintf(stderr, "%s at %g: token %d differs, where the reference's margin is %g\n", vectors_string(item, "id"),
-            vectors_number(item, "budget"), at, margin);
-    return margin < 0.05;
-}
-
-static bool budgets_agree(const cJSON *item, const struct answer *a)
-{
-    const cJSON *k;
-    int l = 0, different = 0;
-    cJSON_ArrayForEach (k, vectors_get(item, "kept")) different += l >= a->n_layers || a->kept[l++] != k->valueint;
-    if (!different && l == a->n_layers) return true;
-    fprintf(stderr, "%s at %g: %d layers keep another number; %d entries lie near the threshold\n",
-            vectors_string(item, "id"), vectors_number(item, "budget"), different, vectors_int(item, "doubtful"));
-    return vectors_int(item, "doubtful") > 0;
-}
-
-static void check_item(struct service *s, const cJSON *item, struct request *r)
-{
-    struct answer a;
-    r->budget = (struct kv_budget){vectors_number(item, "budget"), 0};
-    service_submit(s, r, &a);
-    service_run(s);
-    CHECK(tokens_agree(item, &a));
-    CHECK(budgets_agree(item, &a));
-    answer_free(&a);
-}
-
 static void work_demo(struct service *s, const void *arg)
 {
     int n, done = 0;
@@ -211,10 +217,69 @@ static void test_smollm2(void)
     cJSON_Delete(golden);
 }
 
+/* ---- what rank 0 changes under way ---- */
+
+static struct answer ask_random(struct service *s)
+{
+    struct answer a;
+    struct request r = request_random(5, 150, engine_dims(s->engine)->vocab_size, 6);
+    r.budget = (struct kv_budget){0.2, 0};
+    service_submit(s, &r, &a);
+    service_run(s);
+    CHECK(a.done && a.n_tokens == 6);
+    return a;
+}
+
+static void work_changes(struct service *s, const void *arg)
+{
+    struct policy_config policy = s->config.kv_cache;
+    struct answer first = ask_random(s), crowd[6];
+    int active;
+    (void)arg;
+    strcpy(policy.policy, "full");
+    CHECK_OK(engine_set_policy(s->engine, &policy));
+    struct answer full = ask_random(s);
+    CHECK(first.kept[0] < 150 && full.kept[0] == 150 && full.bytes_kept == full.bytes_full);
+    CHECK_OK(engine_set_policy(s->engine, &s->config.kv_cache));
+    for (int steps = 0; steps < 9; steps += 2) {
+        for (int i = 0; i < 6; i++) {
+            struct request r = request_random((uint64_t)i, 30 + 20 * i, engine_dims(s->engine)->vocab_size, 3 + i);
+            service_submit(s, &r, &crowd[i]);
+        }
+        for (int i = 0; i < steps; i++) DEMAND(engine_step(s->engine, &active));
+        CHECK_OK(engine_abort_all(s->engine));
+        for (int i = 0; i < 6; i++) {
+            CHECK(crowd[i].done);
+            answer_free(&crowd[i]);
+        }
+    }
+    struct answer again = ask_random(s);
+    CHECK(answers_equal(&first, &again) && !memcmp(first.kept, again.kept, sizeof first.kept));
+    struct engine_counters c = service_counters(s);
+    CHECK(c.pages_free == c.pages_total);
+    answer_free(&first);
+    answer_free(&full);
+    answer_free(&again);
+}
+
+/* Another policy between runs and an abort at any step reach all ranks: answers and pages are as before. Every rank
+ * looks at its own pool at the end. */
+static void test_changes(void)
+{
+    struct service s;
+    service_open(&s, &ranks, GOLDEN "/heads_9", tiny_settings);
+    if (!service_follow(&s)) work_changes(&s, NULL);
+    service_stop(&s);
+    struct engine_counters c = service_counters(&s);
+    CHECK(c.pages_free == c.pages_total && c.pages_total > 0 && c.steps > 20);
+    service_close(&s);
+}
+
 int main(void)
 {
     static const struct check_case cases[] = {{"random models that do not divide", test_random_models},
                                               {"the demo model", test_demo},
+                                              {"another policy, an abort", test_changes},
                                               {"SmolLM2", test_smollm2},
                                               {0}};
     ranks = ranks_open();

@@ -185,15 +185,19 @@ def smollm2(path, oracle):
                    **answer(decoder, oracle, embeds, [], budget, [2], 12, 20)}
 
 
+def load_oracles(directory):
+    spec = importlib.util.spec_from_file_location("kv_oracles", f"{directory}/kv_oracles.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     kind, source, oracles, out = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("kv_oracles", f"{oracles}/kv_oracles.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     items = []
-    for item in (demo if kind == "demo" else smollm2)(source, module):
+    for item in (demo if kind == "demo" else smollm2)(source, load_oracles(oracles)):
         print({k: v for k, v in item.items() if k not in ("logits", "ids", "top", "prompt")}, flush=True)
         items.append(item)
     with open(out, "w") as f:

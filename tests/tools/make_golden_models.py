@@ -1,10 +1,11 @@
 """Tiny random models of every served shape, with transformers' logits, for tests/golden and tests/multirank.
-Usage: make_golden_models.py tests/data/golden [NAME ...]
+Usage: make_golden_models.py tests/data/golden ORACLES_DIRECTORY [NAME ...]
 
 Each <name>/ is a model directory plus golden.json: {"steps", "prompts": [{"ids", "images": [{"start", "seed"}], "tokens",
-"logits"}]}: a prompt (image tokens written out; an image is bytes of a small generator, see pixels), the greedy tokens of
-"steps" steps and the float32 logits they were chosen from, [steps, vocab] in base64. The reference runs in float32 with
-eager attention on the weights as they are stored, rounded to the file's dtype."""
+"logits", "compressed"?}]}: a prompt (image tokens written out; an image is bytes of a small generator, see pixels), the
+greedy tokens of "steps" steps and the float32 logits they were chosen from, [steps, vocab] in base64; "compressed" is the
+same with VL-Cache, an item as make_golden_answers.py writes them. The reference runs in float32 with eager attention on
+the weights as they are stored, rounded to the file's dtype."""
 import base64
 import json
 import os
@@ -17,7 +18,10 @@ from safetensors.torch import save_file
 from transformers import (CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig,
                           LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM)
 
+from make_golden_answers import Decoder, answer, keep_second, load_oracles
+
 STEPS = 4
+BUDGET = 0.3
 IMAGE_TOKEN = 3
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -175,59 +179,76 @@ def make_prompt(shape, row, rng):
     return ids, images
 
 
-def reference(model, ids, images, row):
-    vision, llava = row[3:5]
-    given = {}
-    if images:
-        side = vision["image_size"]
-        raw = np.stack([pixels(i["seed"], side * side * 3).reshape(side, side, 3) for i in images])
-        value = (torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-        given["pixel_values"] = value.permute(0, 3, 1, 2).contiguous()
-        if llava["vision_feature_layer"] == 0:  # transformers 5.23 takes 0 for none: the same layer, counted from the end
-            model.config.vision_feature_layer = -1 - vision["num_hidden_layers"]
+def pixel_values(images, side):
+    raw = np.stack([pixels(i["seed"], side * side * 3).reshape(side, side, 3) for i in images])
+    value = (torch.tensor(raw).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return value.permute(0, 3, 1, 2).contiguous()
+
+
+def reference(model, ids, given, oracle):
+    """Tokens, logits and the compressed item; None where some choice is not clear enough to demand it."""
     tokens, logits = [], []
     for _ in range(STEPS):  # no cache: each step is the whole prompt anew
-        with torch.no_grad():
-            last = model(input_ids=torch.tensor([ids + tokens]), use_cache=False, **given).logits[0, -1]
+        last = model(input_ids=torch.tensor([ids + tokens]), use_cache=False, **given).logits[0, -1]
         best = torch.topk(last, 2).values
         if best[0] - best[1] < 0.05 * last.std():
             return None
         tokens.append(int(last.argmax()))
         logits.append(last.float().numpy())
-    return tokens, np.stack(logits)
+    if len(ids) < 20:
+        return tokens, np.stack(logits), None
+    inner = model.model.language_model if given else model.model
+    embeds, spans = inner.embed_tokens(torch.tensor([ids])), []
+    if given:
+        features = model.model.get_image_features(**given).pooler_output
+        at = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN]
+        embeds[0, at] = torch.cat(list(features))
+        n = len(at) // len(features)
+        spans = [[at[i], at[i] + n] for i in range(0, len(at), n)]
+    item = answer(Decoder(inner, model.lm_head), oracle, embeds, spans, BUDGET, [], STEPS, len(last))
+    if item["doubtful"] or min(item["margins"]) < 0.05 * item["std"]:
+        return None
+    item["logits"] = keep_second(item["logits"], len(last))
+    return tokens, np.stack(logits), item
 
 
-def make(name, row, root):
+def make(name, row, root, oracle):
     directory = f"{root}/{name}"
-    llava = row[4]
+    vision, llava = row[3:5]
     shutil.rmtree(directory, ignore_errors=True)
     os.makedirs(directory)
     seed = sum(map(ord, name))
     model = build(row).eval()
     randomise(model, DTYPES[row[0]], torch.Generator().manual_seed(seed))
     model.tie_weights()
+    if vision and llava["vision_feature_layer"] == 0:  # transformers 5.23 takes 0 for none: counted from the end instead
+        model.config.vision_feature_layer = -1 - vision["num_hidden_layers"]
     rng = np.random.default_rng(seed)
     prompts = []
-    for shape in LLAVA_PROMPTS if row[3] else TEXT_PROMPTS.get(name, [[40], [7], [1]]):
-        for _ in range(100):
+    for shape in LLAVA_PROMPTS if vision else TEXT_PROMPTS.get(name, [[40], [7], [1]]):
+        for _ in range(200):
             ids, images = make_prompt(shape, row, rng)
-            found = reference(model, ids, images, row)
+            given = {"pixel_values": pixel_values(images, vision["image_size"])} if images else {}
+            found = reference(model, ids, given, oracle)
             if found:
                 break
         else:
             raise SystemExit(f"{name}: no prompt with a clear choice at every step")
-        tokens, logits = found
+        tokens, logits, compressed = found
         prompts.append({"ids": ids, "images": images, "tokens": tokens,
                         "logits": base64.b64encode(logits.astype("<f4").tobytes()).decode()})
-    if llava:
+        if compressed:
+            prompts[-1]["compressed"] = {"id": name, **compressed}
+    if vision:
         model.config.vision_feature_layer = llava["vision_feature_layer"]
     save(directory, model, row)
     with open(f"{directory}/golden.json", "w") as f:
         json.dump({"steps": STEPS, "prompts": prompts}, f)
-    print(name, sum(os.path.getsize(f"{directory}/{x}") for x in os.listdir(directory)), "bytes")
+    print(name, sum(os.path.getsize(f"{directory}/{x}") for x in os.listdir(directory)), "bytes", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for wanted in sys.argv[2:] or MODELS:
-        make(wanted, MODELS[wanted], sys.argv[1])
+    torch.set_grad_enabled(False)
+    for wanted in sys.argv[3:] or MODELS:
+        make(wanted, MODELS[wanted], sys.argv[1], load_oracles(sys.argv[2]))

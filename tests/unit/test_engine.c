@@ -109,6 +109,29 @@ static void test_chunked_batch(void)
     questions_free(q, n);
 }
 
+/* More sequences decode at once than prompt tokens fit a step. */
+static void test_narrow_steps(void)
+{
+    static const char *const narrow[] = {"max_num_batched_tokens", "3", "max_num_seqs", "12", NULL};
+    struct service s;
+    struct answer want[12], got[12];
+    for (int pass = 0; pass < 2; pass++) {
+        service_open(&s, &ranks, TINY, pass ? narrow : NULL);
+        for (int i = 0; i < 12; i++) {
+            struct request r = request_random((uint64_t)i, 1 + 2 * i, TINY_VOCABULARY, 40);
+            service_submit(&s, &r, pass ? &got[i] : &want[i]);
+        }
+        service_run(&s);
+        if (pass) CHECK(service_counters(&s).max_running >= 10);
+        service_close(&s);
+    }
+    for (int i = 0; i < 12; i++) {
+        CHECK(answers_equal(&want[i], &got[i]));
+        answer_free(&want[i]);
+        answer_free(&got[i]);
+    }
+}
+
 /* ---- pages ---- */
 
 /* The pool holds four full sequences; with a tenth of each prompt kept, twenty and more run at once. */
@@ -559,6 +582,7 @@ int main(void)
     static const struct check_case cases[] = {{"budgets from one token to all", test_budgets},
                                               {"another policy between runs", test_set_policy},
                                               {"pages used again by hundreds of requests", test_pages_used_again},
+                                              {"steps of three prompt tokens", test_narrow_steps},
                                               {"abort at any step", test_abort},
                                               {"seeds", test_seeds},
                                               {"log-probabilities", test_logprobs},
