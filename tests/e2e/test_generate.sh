@@ -106,7 +106,10 @@ for ranks in 1 2; do
     { E2E_MARK=$mark timeout 60 $command $generate --prompt hello --ignore-eos --max-tokens 3900 2>"$err"
       echo $? >"$work/code"; } | head -c 1 >"$out"
     check "a closed pipe left processes on $ranks ranks" until_true 5 nothing_marked
-    same "a closed pipe on $ranks ranks" "$(wc -c <"$out") $(cat "$work/code")" "$closed"
+    code=$(cat "$work/code")
+    # Open MPI 4.1's mpirun may crash as it gives up (PMIx_Finalize); what counts is that nothing is left.
+    if [ $ranks -eq 2 ] && [ "$code" -eq 139 ] && grep -q PMIx_Finalize "$err"; then continue; fi
+    same "a closed pipe on $ranks ranks" "$(wc -c <"$out") $code" "$closed"
     check "a closed pipe is other than one line of error on $ranks ranks" lines_of_error $((2 - ranks))
 done
 expect 3 "cannot write" sh -c "\"$vitrail\" $generate --prompt hello --max-tokens 8 >/dev/full"

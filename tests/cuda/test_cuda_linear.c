@@ -1,0 +1,98 @@
+/* CUDA's linear against the CPU's: every number of rows that a decode step has, odd numbers of features, bias, float32
+ * results, strided rows; and that neither another row nor another run changes a row. */
+#include "tests/cuda/cuda_fixture.h"
+
+struct variant {
+    bool bias, wide; /* wide: y is float32 */
+    int gap;         /* of y's rows; x's have half of it */
+};
+
+static void compare(struct cuda_fixture *f, int m, struct twin w, struct pair bias, struct variant v)
+{
+    const int n = (int)w.cpu.dim[0], k = (int)w.cpu.dim[1];
+    struct twin x = twin_2d(f, m, k, v.gap / 2, 1);
+    struct twin y = twin_make(f, v.wide ? DTYPE_F32 : f->dtype, m, n, -1, v.gap, 0);
+    cuda_what(f, "linear %d rows, %d to %d%s%s, gap %d", m, k, n, v.bias ? ", bias" : "", v.wide ? ", float32" : "",
+              v.gap);
+    RUN(f, ops_linear(&f->gpu, y.gpu, x.gpu, w.gpu, v.bias ? bias.gpu : NULL));
+    RUN(f, ops_linear(&f->cpu->ops, y.cpu, x.cpu, w.cpu, v.bias ? bias.cpu : NULL));
+    twin_check(f, y, v.wide ? TOLERANCE_F32 : cuda_tolerance(f), "y");
+}
+
+/* One weight for all these numbers of rows; the variants take turns. */
+static void compare_rows(struct cuda_fixture *f, int n, int k, const int *rows, int n_rows)
+{
+    struct twin w = twin_2d(f, n, k, 0, 1.0f / sqrtf((float)k));
+    struct pair bias = pair_floats(f, n, 1, 0);
+    for (int i = 0; i < n_rows; i++) {
+        const unsigned turn = (unsigned)(i + n + k);
+        compare(f, rows[i], w, bias, (struct variant){turn % 2, turn / 2 % 3 == 0, (int)(turn / 3 % 4) * 4});
+        if (turn % 5 == 0) compare(f, rows[i], w, bias, (struct variant){turn % 3, turn / 2 % 3 != 0, 3});
+    }
+    cuda_clear(f);
+}
+
+static const int few[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17};
+static const int many[] = {31, 64, 100, 577};
+
+static void test_odd(void)
+{
+    static const int sizes[] = {1, 7, 72, 100, 576, 1000, 4304};
+    struct cuda_fixture *f = cuda_begin(1);
+    for (int i = 0; i < 7; i++)
+        for (int j = 0; j < 7; j++) {
+            if (f->effort == QUICK && (i > 4 || j > 4 || (i + j) % 3)) continue;
+            if (f->effort == SOME && (i + j) % 3) continue;
+            if (f->effort == QUICK)
+                compare_rows(f, sizes[i], sizes[j], (const int[]){1, 3, 8, 17}, 4);
+            else if ((i + j) % 2 == 0)
+                compare_rows(f, sizes[i], sizes[j], few, 17);
+            else
+                compare_rows(f, sizes[i], sizes[j], (const int[]){1 + i, 8 + j, 31, 64}, 4);
+            if (f->effort == ALL && (i * 3 + j) % 4 == 0) compare_rows(f, sizes[i], sizes[j], many, 4);
+        }
+    cuda_end(f);
+}
+
+/* The shapes of models, at the sizes of decode steps and prompts. */
+static void test_models(void)
+{
+    static const int shapes[][2] = {{960, 576},   {576, 1536},   {3072, 576},   {6144, 4096},
+                                    {4096, 4096}, {4096, 14336}, {15360, 5120}, {1152, 4304}};
+    struct cuda_fixture *f = cuda_begin(2);
+    static const int rows[] = {1, 8, 4, 2, 16, 32, 64, 256};
+    for (int i = 0; i < (f->effort == QUICK ? 2 : 8); i++)
+        compare_rows(f, shapes[i][0], shapes[i][1], rows, f->effort == QUICK ? 1 : f->effort == SOME ? 3 : 8);
+    cuda_end(f);
+}
+
+/* A row gives the same bits again, and with other rows beside it. */
+static void test_rows_apart(void)
+{
+    struct cuda_fixture *f = cuda_begin(3);
+    struct twin w = twin_2d(f, 1000, 576, 0, 0.05f);
+    for (int m = 1; m <= 64; m = m < 8 ? m + 1 : m * 2) {
+        if (f->effort == QUICK && m > 3) break;
+        const int row = m / 2;
+        struct twin x = twin_2d(f, m, 576, 0, 1), y = twin_2d(f, m, 1000, 0, 0), again = twin_2d(f, m, 1000, 0, 0);
+        struct twin other = twin_2d(f, m, 576, 0, 5), beside = twin_2d(f, m, 1000, 0, 0);
+        memcpy(fixture_row(other.cpu, row), fixture_row(x.cpu, row), 576 * sizeof(float));
+        twin_send(f, other, true);
+        cuda_what(f, "linear %d rows twice", m);
+        RUN(f, ops_linear(&f->gpu, y.gpu, x.gpu, w.gpu, NULL));
+        RUN(f, ops_linear(&f->gpu, again.gpu, x.gpu, w.gpu, NULL));
+        RUN(f, ops_linear(&f->gpu, beside.gpu, other.gpu, w.gpu, NULL));
+        const uint16_t *a = twin_fetch(f, y), *b = twin_fetch(f, again), *c = twin_fetch(f, beside);
+        const int64_t at = cuda_guard(f) + row * 1000;
+        EXPECT(f, fixture_same(a, b, sizeof *a * (size_t)(y.span + 2 * cuda_guard(f))));
+        EXPECT(f, fixture_same(a + at, c + at, sizeof *a * 1000));
+    }
+    cuda_end(f);
+}
+
+int main(int argc, char **argv)
+{
+    const struct check_case cases[] = {
+        {"odd shapes", test_odd}, {"shapes of models", test_models}, {"rows apart", test_rows_apart}, {0}};
+    return cuda_main("cuda_linear", cases, argc, argv);
+}
