@@ -7,7 +7,11 @@
 
 #include "kernels/ops_check.h"
 
+#ifdef VITRAIL_CUDA
+static const struct ops_vt *const backends[] = {&ops_cpu, &ops_cuda};
+#else
 static const struct ops_vt *const backends[] = {&ops_cpu};
+#endif
 enum { N_BACKENDS = sizeof backends / sizeof backends[0] };
 
 #define TENSOR(t, dtypes, n_dims, ...) TRY(ops_check__tensor(__func__, #t, t, (dtypes), (n_dims), __VA_ARGS__))
@@ -45,12 +49,21 @@ int ops_device_count(const char *backend)
     return vt ? vt->device_count() : 0;
 }
 
+int ops_use_dtype(struct ops *o, enum dtype model_dtype) { return o->vt->use_dtype(o, model_dtype); }
+
+int ops_memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes)
+{
+    POINTER(free_bytes);
+    POINTER(total_bytes);
+    return o->vt->memory_free(o, free_bytes, total_bytes);
+}
+
 int ops_reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
     POINTER(limits);
     POINTER(bytes);
     if (limits->max_tokens < 0 || limits->max_seqs < 0 || limits->max_context < 0 || limits->max_in_features < 0 ||
-        limits->max_heads < 0 || limits->head_dim < 0 || limits->vocab_size < 0)
+        limits->max_heads < 0 || limits->head_dim < 0 || limits->vocab_size < 0 || limits->max_lanes < 0)
         FAIL(ERR_ARG, "ops_reserve: a limit is negative");
     return o->vt->reserve(o, limits, bytes, measure);
 }
@@ -106,6 +119,13 @@ int ops_run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg)
     if (!body) FAIL(ERR_ARG, "ops_run_step: body is NULL");
     return o->vt->run_step(o, bucket, body, arg);
 }
+
+void ops_forget_steps(struct ops *o)
+{
+    if (o->vt) o->vt->forget_steps(o);
+}
+
+size_t ops_graph_bytes(const struct ops *o, int n_layers) { return o->vt->graph_bytes(o, n_layers); }
 
 int ops_bucket(const struct ops *o, int n) { return o->vt->bucket(o, n); }
 
@@ -307,6 +327,13 @@ int ops_attention_prefill(struct ops *o, struct tensor out, struct tensor q, str
     TENSOR(v, ACTIVATION_OF(o), 3, batch->n_tokens, heads->n_kv_heads, heads->head_dim);
     TENSOR(out, ACTIVATION_OF(o), 3, batch->n_tokens, heads->n_heads, heads->head_dim);
     return batch->n_tokens ? o->vt->attention_prefill(o, out, q, k, v, batch, kv, heads) : OK;
+}
+
+int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    TRY(ops_check__batch(__func__, kv, batch, true));
+    return batch->n_seqs ? o->vt->decode_begin(o, batch, kv) : OK;
 }
 
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,

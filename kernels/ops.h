@@ -34,6 +34,7 @@ struct ops_limits {
     int max_in_features; /* columns of the widest weight */
     int max_heads, head_dim;
     int vocab_size;
+    int max_lanes; /* lanes of a slot */
 };
 
 /* The KV cache as ops see it. A page holds page_size tokens of K and V of one KV head; a lane is the cache of one
@@ -116,6 +117,8 @@ struct ops_vt {
     int (*device_count)(void);
     int (*open)(struct ops *o, int device, int n_threads);
     void (*close)(struct ops *o);
+    int (*use_dtype)(struct ops *o, enum dtype model_dtype);
+    int (*memory_free)(struct ops *o, size_t *free_bytes, size_t *total_bytes);
     int (*reserve)(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure);
     int (*memory_take)(struct ops *o, size_t bytes, void **out);
     void (*memory_give_back)(struct ops *o, void *memory, size_t bytes);
@@ -124,8 +127,10 @@ struct ops_vt {
     int (*copy)(struct ops *o, void *to, const void *from, size_t bytes);
     int (*zero)(struct ops *o, void *to, size_t bytes);
     int (*finish)(struct ops *o);
+    void (*forget_steps)(struct ops *o);
     int (*run_step)(struct ops *o, int bucket, int (*body)(void *arg), void *arg);
     int (*bucket)(const struct ops *o, int n);
+    size_t (*graph_bytes)(const struct ops *o, int n_layers);
     int (*mark)(struct ops *o, int i);
     int (*download_marked)(struct ops *o, void *to_host, const void *from, size_t bytes, int i);
     int (*ceilings)(struct ops *o, size_t weight_bytes, struct ops_ceilings *out);
@@ -155,6 +160,7 @@ struct ops_vt {
     int (*attention_prefill)(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                              const struct seq_batch *batch, const struct kv_view *kv,
                              const struct attention_heads *heads);
+    int (*decode_begin)(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
     int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                             const struct kv_view *kv, const struct attention_heads *heads);
     int (*attention_probe)(struct ops *o, struct tensor q, const struct kv_view *kv,
@@ -173,15 +179,24 @@ struct ops_vt {
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
                           const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);
 };
-extern const struct ops_vt ops_cpu;
+extern const struct ops_vt ops_cpu, ops_cuda;
 
 /* ops_open - opens a backend ("cpu" or "cuda") on a device number; n_threads: CPU threads of this rank (>= 1).
+ * OPS_NO_DEVICE: only measures (ops_reserve), needs no GPU.
  * Errors: ERR_UNSUPPORTED naming what this build has, ERR_DEVICE. ops_close accepts a failed open. */
+enum { OPS_NO_DEVICE = -1 };
 int ops_open(struct ops *o, const char *backend, int device, int n_threads) MUST_CHECK;
 void ops_close(struct ops *o);
 
 /* ops_device_count - devices of the backend that this process can use: 0 for "cuda" without a GPU or in a CPU build. */
 int ops_device_count(const char *backend);
+
+/* ops_use_dtype - settles o->dtype for a model whose weights are stored as model_dtype: float32 on CPU; on GPUs float16
+ * for float16, else bfloat16. Before ops_reserve. */
+int ops_use_dtype(struct ops *o, enum dtype model_dtype) MUST_CHECK;
+
+/* ops_memory_free - free and all memory of the device, bytes; 0 and 0 where the backend has no memory of its own. */
+int ops_memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes) MUST_CHECK;
 
 /* ops_reserve - takes the backend's scratch for these limits; with measure = true only adds it up into *bytes. */
 int ops_reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure) MUST_CHECK;
@@ -200,6 +215,13 @@ int ops_finish(struct ops *o) MUST_CHECK;
 /* ops_run_step - runs body(arg), a decode step of `bucket` rows. A GPU backend captures it the first time a bucket is
  * seen and replays the graph afterwards, so body must issue the same ops for the same bucket. The CPU calls body. */
 int ops_run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg) MUST_CHECK;
+
+/* ops_forget_steps - drops what ops_run_step has captured: before the communicator goes whose calls are in it. */
+void ops_forget_steps(struct ops *o);
+
+/* ops_graph_bytes - device memory that captured steps of a model of n_layers take at most; 0 where nothing is captured.
+ */
+size_t ops_graph_bytes(const struct ops *o, int n_layers);
 
 /* ops_bucket - rows that a decode step of n sequences is padded to: n itself where nothing is captured. */
 int ops_bucket(const struct ops *o, int n);
@@ -265,6 +287,9 @@ int ops_attention_vision(struct ops *o, struct tensor out, struct tensor q, stru
 int ops_attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                           const struct seq_batch *batch, const struct kv_view *kv,
                           const struct attention_heads *heads) MUST_CHECK;
+/* ops_decode_begin - once before the layers of a decode step: lists the work of its attention from the lanes' lengths
+ * plus the one token that each is about to get. */
+int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv) MUST_CHECK;
 /* ops_attention_decode - one query row a sequence over its whole lane, after kv_append. slot < 0: padding row, out 0. A
  * row's result does not depend on the other rows of the batch. */
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,

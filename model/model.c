@@ -107,7 +107,8 @@ struct ops_limits model_limits(const struct model *m)
                                     max_int(max_int(d->hidden_size, d->intermediate_size), d->n_heads * d->head_dim),
                                 .max_heads = d->n_heads,
                                 .head_dim = d->head_dim,
-                                .vocab_size = d->vocab_size};
+                                .vocab_size = d->vocab_size,
+                                .max_lanes = m->weights.lanes};
     if (d->family != MODEL_LLAVA) return limits;
     const struct vision_dims *v = &d->vision;
     limits.max_tokens = max_int(limits.max_tokens, v->n_patches + 1);
@@ -396,6 +397,7 @@ static int decode_body(void *arg)
     struct model *m = step->model;
     struct seq_batch batch = {.n_seqs = step->n, .n_tokens = step->n, .slot = m->slot};
     TRY(ops_decode_inputs(m->ops, m->ids, m->position, m->slot, step->n, step->sampling));
+    TRY(ops_decode_begin(m->ops, &batch, step->kv));
     TRY(tp_embed(&m->tp, tensor_rows(m->x, 0, step->n), &m->weights, m->ids));
     TRY(first_norm(m, step->n));
     for (int l = 0; l < m->dims.n_layers; l++) {
@@ -416,6 +418,7 @@ int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_vi
     for (int i = 0; i < bucket; i++) m->host_index[i] = i < n ? slot[i] : -1;
     TRY(ops_upload(m->ops, m->slot, m->host_index, (size_t)bucket * sizeof(int32_t)));
     struct decode_step step = {m, bucket, kv, sampling};
+    if (m->watch) return decode_body(&step); /* who watches reads results between the ops */
     return ops_run_step(m->ops, bucket, decode_body, &step);
 }
 

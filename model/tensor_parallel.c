@@ -38,8 +38,8 @@ int tp_row_add_norm(struct tensor_parallel *tp, struct tensor y, struct tensor r
         TRY(ops_linear(tp->ops, partial, x, w, bias_here));
     else
         TRY(ops_zero(tp->ops, partial.data, tensor_bytes(partial)));
-    if (tp->comm->size > 1 && tp->comm->vt->all_reduce_add_norm)
-        return tp->comm->vt->all_reduce_add_norm(tp->comm, partial, residual, norm, eps, y, tp->ops->stream);
+    int rc = comm_all_reduce_add_norm(tp->comm, partial, residual, norm, eps, y, tp->ops->stream);
+    if (rc != COMM_DECLINED) return rc;
     TRY(all_reduce(tp, partial));
     return ops_add_rms_norm(tp->ops, y, residual, partial, norm.data, eps);
 }

@@ -29,6 +29,18 @@ int comm_open_auto(struct comm **out)
     return comm_open("self", out);
 }
 
+int comm_device_open(struct comm *control, int device, void *stream, size_t max_bytes, struct comm **out)
+{
+    *out = NULL;
+#ifdef VITRAIL_CUDA
+    return comm__device_open(control, device, stream, max_bytes, out);
+#else
+    (void)control, (void)stream, (void)max_bytes;
+    FAIL(ERR_UNSUPPORTED, "communicator of device %d: this build has no CUDA; configure with -DVITRAIL_CUDA=ON",
+         device);
+#endif
+}
+
 void comm_close(struct comm *c)
 {
     if (c) c->vt->close(c);
@@ -37,16 +49,19 @@ void comm_close(struct comm *c)
 /* sound - the error of an earlier collective, whose message comes back with it. */
 static int sound(const struct comm *c)
 {
-    if (c->broken) FAIL(c->broken, "%s", c->broken_text);
+    for (; c; c = c->control)
+        if (c->broken) FAIL(c->broken, "%s", c->broken_text);
     return OK;
 }
 
-/* settle - remembers the first failure: ranks no longer stand at the same collective, so no other may start. */
-static int settle(struct comm *c, int rc)
+/* comm__settle - remembers the first failure: ranks no longer stand at the same collective, so no other may start, nor
+ * one of the communicator that this one stands on. */
+int comm__settle(struct comm *c, int rc)
 {
-    if (!rc) return OK;
-    c->broken = rc;
-    snprintf(c->broken_text, sizeof c->broken_text, "%s", status_message());
+    for (; rc && c; c = c->control) {
+        c->broken = rc;
+        snprintf(c->broken_text, sizeof c->broken_text, "%s", status_message());
+    }
     return rc;
 }
 
@@ -61,8 +76,10 @@ int comm_reserve(struct comm *c, size_t max_bytes)
 static int check_all_reduce(const struct comm *c, struct tensor x)
 {
     char shape[96];
-    if (x.dtype != DTYPE_F32 && x.dtype != DTYPE_I64)
-        FAIL(ERR_BUG, "all-reduce of %s: only float32 and int64 are summed", tensor_describe(x, shape, sizeof shape));
+    bool half = x.dtype == DTYPE_F16 || x.dtype == DTYPE_BF16;
+    if (x.dtype != DTYPE_F32 && x.dtype != DTYPE_I64 && !(half && c->vt->sums_half))
+        FAIL(ERR_BUG, "all-reduce of %s: only float32 and int64 are summed%s", tensor_describe(x, shape, sizeof shape),
+             half ? ", 16-bit floats on GPUs alone" : "");
     if (!tensor_is_dense(x))
         FAIL(ERR_BUG, "all-reduce of %s: the view is not dense", tensor_describe(x, shape, sizeof shape));
     if (tensor_bytes(x) > c->reserved_bytes)
@@ -76,7 +93,7 @@ int comm_all_reduce_sum(struct comm *c, struct tensor x, void *stream)
     TRY(sound(c));
     if (tensor_count(x) == 0) return OK;
     int rc = check_all_reduce(c, x);
-    return settle(c, rc ? rc : c->vt->all_reduce_sum(c, x, stream));
+    return comm__settle(c, rc ? rc : c->vt->all_reduce_sum(c, x, stream));
 }
 
 static int check_all_gather(const struct comm *c, struct tensor out, struct tensor in)
@@ -95,31 +112,58 @@ int comm_all_gather(struct comm *c, struct tensor out, struct tensor in, void *s
     TRY(sound(c));
     int rc = check_all_gather(c, out, in);
     if (!rc && tensor_count(in) == 0) return OK;
-    return settle(c, rc ? rc : c->vt->all_gather(c, out, in, stream));
+    return comm__settle(c, rc ? rc : c->vt->all_gather(c, out, in, stream));
+}
+
+/* check_add_norm - model/ passes what it would pass to the norm op: only what the kernel relies on. */
+static int check_add_norm(struct tensor x, struct tensor residual, struct tensor weight, struct tensor out)
+{
+    char a[96], b[96], w[96];
+    bool alike = x.n_dims == 2 && tensor_is_dense(x);
+    const struct tensor *other[] = {&residual, &out};
+    for (int i = 0; i < 2; i++)
+        alike = alike && other[i]->n_dims == 2 && other[i]->dtype == x.dtype && tensor_is_dense(*other[i]) &&
+                other[i]->dim[0] == x.dim[0] && other[i]->dim[1] == x.dim[1];
+    if (alike && weight.dtype == DTYPE_F32 && tensor_is_dense(weight) && tensor_count(weight) == x.dim[1]) return OK;
+    FAIL(ERR_BUG,
+         "all-reduce with norm of %s, residual %s, weight %s: expected dense rows alike and a float32 of each "
+         "column",
+         tensor_describe(x, a, sizeof a), tensor_describe(residual, b, sizeof b), tensor_describe(weight, w, sizeof w));
+}
+
+int comm_all_reduce_add_norm(struct comm *c, struct tensor x, struct tensor residual, struct tensor weight,
+                             float epsilon, struct tensor out, void *stream)
+{
+    TRY(sound(c));
+    if (!c->vt->all_reduce_add_norm || c->size == 1 || tensor_count(x) == 0) return COMM_DECLINED;
+    int rc = check_all_reduce(c, x);
+    if (!rc) rc = check_add_norm(x, residual, weight, out);
+    if (!rc) rc = c->vt->all_reduce_add_norm(c, x, residual, weight, epsilon, out, stream);
+    return rc == COMM_DECLINED ? rc : comm__settle(c, rc);
 }
 
 int comm_broadcast(struct comm *c, void *buf, size_t n, int root)
 {
     TRY(sound(c));
-    return n ? settle(c, c->vt->broadcast(c, buf, n, root, false)) : OK;
+    return n ? comm__settle(c, c->vt->broadcast(c, buf, n, root, false)) : OK;
 }
 
 int comm_broadcast_idle(struct comm *c, void *buf, size_t n, int root)
 {
     TRY(sound(c));
-    return n ? settle(c, c->vt->broadcast(c, buf, n, root, true)) : OK;
+    return n ? comm__settle(c, c->vt->broadcast(c, buf, n, root, true)) : OK;
 }
 
 int comm_gather(struct comm *c, void *out, const void *in, size_t n_each, int root)
 {
     TRY(sound(c));
-    return n_each ? settle(c, c->vt->gather(c, out, in, n_each, root)) : OK;
+    return n_each ? comm__settle(c, c->vt->gather(c, out, in, n_each, root)) : OK;
 }
 
 int comm_all_gather_host(struct comm *c, void *out, const void *in, size_t n_each)
 {
     TRY(sound(c));
-    return n_each ? settle(c, c->vt->all_gather_host(c, out, in, n_each)) : OK;
+    return n_each ? comm__settle(c, c->vt->all_gather_host(c, out, in, n_each)) : OK;
 }
 
 int comm_agree(struct comm *c, int code, const char *phase)
@@ -165,17 +209,27 @@ int comm_barrier(struct comm *c)
 
 void comm_phase(struct comm *c, const char *phase)
 {
-    if (phase != c->phase) snprintf(c->phase, sizeof c->phase, "%s", phase); /* comm_agree(c, rc, c->phase) is fine */
+    for (; c; c = c->control) /* comm_agree(c, rc, c->phase) is fine */
+        if (phase != c->phase) snprintf(c->phase, sizeof c->phase, "%s", phase);
 }
 
 void comm_watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal)
 {
-    if (c->vt->watch) {
-        c->vt->watch(c, calls, stop_signal);
-        return;
-    }
+    if (c->vt->watch) c->vt->watch(c, calls, stop_signal);
+    /* Of a wrapper too, which counts nothing itself: a device communicator opened on it later takes them from here. */
     c->calls = calls;
     c->stop_signal = stop_signal;
+}
+
+int comm_poll(struct comm *c)
+{
+    TRY(sound(c));
+    return c->vt->poll ? comm__settle(c, c->vt->poll(c)) : OK;
+}
+
+void comm_interrupt(struct comm *c)
+{
+    if (c && c->vt->interrupt) c->vt->interrupt(c);
 }
 
 _Noreturn void comm_abort(struct comm *c, int code)

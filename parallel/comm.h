@@ -8,7 +8,10 @@
  * that FAILS on a rank (not: an agreement on somebody's error) breaks that rank's communicator: every later call
  * returns the same error at once, and the rank ends through liveness_fail, which stops the others.
  * Waiting inside a collective tests and yields, it never sleeps; only comm_broadcast_idle backs off.
- * Calls come from one thread: the one that opened the communicator. */
+ * Calls come from one thread: the one that opened the communicator (comm_interrupt may come from any).
+ *
+ * On GPUs a second communicator stands on the first: comm_device_open. Its data plane works on device memory, in the
+ * order of its stream; its control plane is the first one's, whose error state and phase it shares. */
 #ifndef VITRAIL_PARALLEL_COMM_H
 #define VITRAIL_PARALLEL_COMM_H
 
@@ -21,13 +24,16 @@
 
 struct comm;
 
+/* What comm_all_reduce_add_norm returns when it did nothing: no error, the caller takes the two ops instead. */
+enum { COMM_DECLINED = 1 };
+
 /* One implementation. Arguments are checked by the functions below before a slot is called. */
 struct comm_vt {
     const char *name;
+    bool sums_half; /* all-reduce of F16 and BF16 too */
     int (*all_reduce_sum)(struct comm *c, struct tensor x, void *stream);
     int (*all_gather)(struct comm *c, struct tensor out, struct tensor in, void *stream);
-    /* Optional, NULL on CPU: x = sum over ranks; residual += x; out = RMSNorm(residual) * weight, in one kernel.
-     * x, residual, out [rows, n]; weight [n]. model/ uses it if there is one, else all-reduce and the norm op. */
+    /* Optional, NULL on CPU; may return COMM_DECLINED, then on all ranks. */
     int (*all_reduce_add_norm)(struct comm *c, struct tensor x, struct tensor residual, struct tensor weight,
                                float epsilon, struct tensor out, void *stream);
     int (*broadcast)(struct comm *c, void *buf, size_t n, int root, bool idle);
@@ -37,6 +43,8 @@ struct comm_vt {
     /* Optional: called first in comm_agree with this rank's code; returns the code to agree on (fault injection). */
     int (*before_agree)(struct comm *c, int code);
     void (*watch)(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal);
+    int (*poll)(struct comm *c);       /* optional */
+    void (*interrupt)(struct comm *c); /* optional; any thread */
     void (*abort)(struct comm *c, int exit_code);
     void (*close)(struct comm *c);
 };
@@ -49,6 +57,8 @@ struct comm {
     int broken;                 /* the error of the first failed collective, 0 while sound */
     char broken_text[512];      /* and its message */
     size_t reserved_bytes;      /* largest all-reduce announced by comm_reserve */
+    size_t device_bytes;        /* device memory that it took, NCCL's share included, as measured */
+    struct comm *control;       /* of a device communicator: the one that it stands on; else NULL */
     /* Of parallel/liveness.h, may be NULL: collectives entered, for the watchdog; signal that asked us to stop. */
     _Atomic uint64_t *calls;
     const _Atomic int *stop_signal;
@@ -62,6 +72,18 @@ int comm_open(const char *kind, struct comm **out) MUST_CHECK;
 
 /* comm_open_auto - "mpi" if the environment says that a launcher (mpirun, srun) started us, else "self". */
 int comm_open_auto(struct comm **out) MUST_CHECK;
+
+/* comm_device_open - the GPUs' data plane over `control` (from comm_open, or wrapped by comm_wrap_fault): all-reduces
+ * and all-gathers of device memory on `stream` (a cudaStream_t, not the default stream), through NCCL and, where all
+ * GPUs reach each other's memory, through that: which way for which size is measured here, for messages up to
+ * max_bytes, and agreed on. Sums are in rank order, each in float32 rounded once; NCCL's, which carry the large
+ * messages of more than two ranks, have an order of their own; all ranks have the same bits either way. The calls only
+ * enqueue, and may be captured in a graph; all of one communicator go to the one stream. Collective. One rank: no NCCL,
+ * copies. `control` stays the caller's: comm_close of *out frees what is its own; by then captured graphs are destroyed
+ * and the stream has run dry, and the ranks close it together, before `control`.
+ * Errors: ERR_UNSUPPORTED in a build without CUDA, ERR_COMM (NCCL), ERR_DEVICE, ERR_NOMEM; agreed on, or `control` is
+ * broken. */
+int comm_device_open(struct comm *control, int device, void *stream, size_t max_bytes, struct comm **out) MUST_CHECK;
 
 /* comm_close - ends the communicator; NULL is fine. Collective for MPI: MPI_Finalize; but once a signal has asked for
  * the end only a barrier, since the launcher that sends it no longer answers MPI_Finalize. */
@@ -84,17 +106,25 @@ size_t comm_scratch_bytes(int size, size_t max_bytes);
 
 /* ---- data plane, on `stream` (NULL on CPU); collective ---- */
 
-/* comm_all_reduce_sum - x := sum over ranks, in place. x: dense F32 or I64, same shape everywhere, may be empty. */
+/* comm_all_reduce_sum - x := sum over ranks, in place. x: dense F32 or I64, on GPUs also BF16 or F16; same shape
+ * everywhere, may be empty. */
 int comm_all_reduce_sum(struct comm *c, struct tensor x, void *stream) MUST_CHECK;
 
 /* comm_all_gather - out[r] := rank r's `in`. in: dense [n, ...]; out: dense [size * n, ...], same dtype; or any
  * shape of size times the elements. `in` may be this rank's own part of out; another overlap is a bug. */
 int comm_all_gather(struct comm *c, struct tensor out, struct tensor in, void *stream) MUST_CHECK;
 
+/* comm_all_reduce_add_norm - in one kernel: x := sum over ranks; residual += x; out := RMSNorm(residual) * weight, the
+ * bits of comm_all_reduce_sum and ops_add_rms_norm. x, residual, out: dense [rows, n], one dtype; weight [n] F32. What
+ * x holds afterwards is undefined. COMM_DECLINED (positive: no error) where there is no such kernel for the shape or it
+ * would not pay, decided alike on all ranks; nothing has happened then. */
+int comm_all_reduce_add_norm(struct comm *c, struct tensor x, struct tensor residual, struct tensor weight,
+                             float epsilon, struct tensor out, void *stream) MUST_CHECK;
+
 /* ---- control plane, host memory; collective ---- */
 
 /* comm_broadcast - root's n bytes to all; any n (large ones go in pieces). comm_broadcast_idle - the same for the
- * wait between steps: receivers back off to naps of 1 ms (2 ms when long idle), so that an idle rank costs under 2% of
+ * wait between steps: receivers back off to naps of 1 ms (4 ms when long idle), so that an idle rank costs under 2% of
  * a core. */
 int comm_broadcast(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;
 int comm_broadcast_idle(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;
@@ -123,6 +153,14 @@ void comm_phase(struct comm *c, const char *phase);
 /* comm_watch - from now on every collective entered adds 1 to *calls, and comm_close looks at *stop_signal. Both must
  * live as long as the process. */
 void comm_watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal);
+
+/* comm_poll - the error of a collective that failed after it was enqueued, OK while there is none. For loops that wait
+ * for the stream. */
+int comm_poll(struct comm *c) MUST_CHECK;
+
+/* comm_interrupt - kernels that wait for a peer end soon, with garbage, and so do all later ones: for a rank that is
+ * about to end and wants its stream to run dry. From any thread; nothing on CPU. */
+void comm_interrupt(struct comm *c);
 
 /* comm_abort - ends the whole job at once with status_exit_code(code); does not return. For use where
  * there is no liveness yet. The caller has printed its message. */

@@ -38,7 +38,7 @@ static int mpi_error(struct comm *c, const char *what, int error)
 }
 
 /* back_off - between steps: yield for a while, then nap for 50 us, doubling to 1 ms; after half a second of nothing
- * 2 ms, since a nap and a test cost up to 20 us of a slow or virtual core, which would be 2% of it at 1 ms. */
+ * 4 ms, since a nap and a test cost up to 60 us of a slow or virtual core, which would be 3% of it at 2 ms. */
 static void back_off(unsigned round)
 {
     enum { YIELDS = 100, ROUNDS_A_STEP = 16, LONG_WAIT = 600 };
@@ -47,7 +47,7 @@ static void back_off(unsigned round)
         return;
     }
     unsigned doublings = (round - YIELDS) / ROUNDS_A_STEP;
-    long ns = doublings < 5 ? 50000L << doublings : round < LONG_WAIT ? 1000000 : 2000000;
+    long ns = doublings < 5 ? 50000L << doublings : round < LONG_WAIT ? 1000000 : 4000000;
     struct timespec t = {.tv_nsec = ns};
     nanosleep(&t, NULL);
 }

@@ -87,32 +87,61 @@ static int submit(struct bench *b, struct kv_budget budget)
     return rc;
 }
 
-/* Runs a batch to its end. Full decode steps are those that decode the whole batch and nothing else. */
+/* Clocks of a batch. Steps are only enqueued on a GPU, so the clock is read behind engine_finish: after each step with
+ * prompt rows, and around the run of full steps, which overlap as they do in service. */
+struct batch_clock {
+    double prefill, full, full_start;
+    int full_steps;
+    bool in_full;
+};
+
+static int end_full_steps(struct bench *b, struct batch_clock *clock)
+{
+    if (!clock->in_full) return OK;
+    TRY(engine_finish(b->engine));
+    clock->full += clock_seconds() - clock->full_start;
+    clock->in_full = false;
+    return OK;
+}
+
+/* One step. Full decode steps are those that decode the whole batch and nothing else. */
+static int timed_step(struct bench *b, int batch, struct batch_clock *clock, int *active)
+{
+    struct engine_counters before, after;
+    double start = clock_seconds();
+    engine_progress(b->engine, &before);
+    TRY(engine_step(b->engine, active));
+    engine_progress(b->engine, &after);
+    bool prompts = after.prefill_tokens > before.prefill_tokens;
+    bool full = !prompts && after.decode_tokens - before.decode_tokens == batch;
+    if (full && !clock->in_full) {
+        clock->in_full = true;
+        clock->full_start = start;
+    }
+    if (full) clock->full_steps++;
+    if (!full) TRY(end_full_steps(b, clock));
+    if (!prompts) return OK;
+    TRY(engine_finish(b->engine));
+    clock->prefill += clock_seconds() - start;
+    return OK;
+}
+
 static int run_batch(struct bench *b, struct bench_run *run)
 {
-    struct engine_counters first, before, after;
-    double start = clock_seconds(), full_seconds = 0;
-    int active, full_steps = 0;
+    struct batch_clock clock = {.prefill = 0};
+    int active;
     b->n_done = 0;
     b->kept_bytes = 0;
     for (int i = 0; i < run->batch; i++) TRY(submit(b, run->budget));
-    engine_counters(b->engine, &first);
-    before = first;
-    do {
-        TRY(engine_step(b->engine, &active));
-        engine_counters(b->engine, &after);
-        if (after.decode_tokens - before.decode_tokens == run->batch && after.prefill_tokens == before.prefill_tokens) {
-            full_seconds += after.decode_seconds - before.decode_seconds;
-            full_steps++;
-        }
-        before = after;
-    } while (active);
+    double start = clock_seconds();
+    do TRY(timed_step(b, run->batch, &clock, &active));
+    while (active);
+    TRY(end_full_steps(b, &clock));
     double seconds = clock_seconds() - start;
     TRY(engine_step(b->engine, &active)); /* releases the slots */
-    double tokens = (double)run->batch * b->options->gen_len, prefill = after.prefill_seconds - first.prefill_seconds;
-    run->prefill_ms = prefill * 1e3;
-    run->decode_ms = full_steps ? full_seconds / full_steps * 1e3 : 0;
-    run->tokens_per_s = tokens / seconds;
+    run->prefill_ms = clock.prefill * 1e3;
+    run->decode_ms = clock.full_steps ? clock.full / clock.full_steps * 1e3 : 0;
+    run->tokens_per_s = (double)run->batch * b->options->gen_len / seconds;
     run->decode_tokens_per_s = run->decode_ms > 0 ? run->batch / run->decode_ms * 1e3 : 0;
     run->kv_bytes = b->kept_bytes;
     return OK;
@@ -182,10 +211,10 @@ static int write_json(const struct bench *b, const struct bench_run *runs, int n
             "{\"device\": \"%s\", \"ranks\": %d, \"prompt_len\": %d, \"gen_len\": %d,\n \"ceilings\": "
             "{\"gemm_tflops\": %.5g, "
             "\"gemv_gbs\": %.5g, \"copy_gbs\": %.5g}, \"weight_bytes_per_step\": %zu, \"planned_bytes\": %zu, "
-            "\"private_bytes\": %zu,\n \"runs\": [",
+            "\"used_bytes\": %zu,\n \"runs\": [",
             engine_config(b->engine)->device == CONFIG_DEVICE_CUDA ? "cuda" : "cpu",
             engine_config(b->engine)->tensor_parallel_size, b->options->prompt_len, b->options->gen_len, c->gemm_tflops,
-            c->gemv_gbs, c->copy_gbs, b->floor.weight_bytes, counters.planned_bytes, counters.private_bytes);
+            c->gemv_gbs, c->copy_gbs, b->floor.weight_bytes, counters.planned_bytes, counters.used_bytes);
     for (int i = 0; i < n; i++)
         fprintf(f,
                 "%s\n  {\"policy\": \"%s\", \"budget\": \"%s\", \"batch\": %d, \"prompt_len\": %d, \"gen_len\": %d, "

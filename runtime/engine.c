@@ -17,7 +17,9 @@ static int open_phases(struct engine *e, const struct config *config, struct che
 {
     struct model_dims dims;
     liveness_phase(e->liveness, "device");
-    TRY(agree(e, engine__configure(e, config), "device", "plan"));
+    TRY(agree(e, engine__configure(e, config), "device", "model"));
+    TRY(agree(e, engine__describe(e, config, &dims), "model", "connect"));
+    TRY(agree(e, engine__connect(e, config, &dims), "connect", "plan"));
     TRY(agree(e, engine__plan(e, config, &dims, checkpoint), "plan", "memory"));
     TRY(comm_same(e->comm, "model", model_dims_hash(&dims)));
     TRY(agree(e, engine__allocate(e, *checkpoint), "memory", "load"));
@@ -53,6 +55,8 @@ void engine_close(struct engine *e)
     step_message_close(&e->message);
     resources_close(&e->resources);
     if (e->ops.vt) ops_memory_give_back(&e->ops, e->memory, e->plan.arena_bytes);
+    if (e->device_comm) ops_forget_steps(&e->ops);
+    comm_close(e->device_comm); /* before the stream that it works on */
     ops_close(&e->ops);
     free(e);
 }
@@ -187,15 +191,19 @@ int engine_set_policy(struct engine *e, const struct policy_config *config)
     return OK;
 }
 
-void engine_counters(const struct engine *e, struct engine_counters *out)
+void engine_progress(const struct engine *e, struct engine_counters *out) { *out = e->counters; }
+
+void engine_counters(struct engine *e, struct engine_counters *out)
 {
     int32_t free_pages = 0;
     *out = e->counters;
     out->vision_seconds = model_vision_seconds(e->resources.model);
     out->max_running = e->scheduler ? scheduler_max_running(e->scheduler) : 0;
     out->pages_total = e->resources.kv.n_pages;
-    if (!ops_download((struct ops *)&e->ops, &free_pages, e->resources.kv.free_count, sizeof free_pages))
+    if (!ops_download(&e->ops, &free_pages, e->resources.kv.free_count, sizeof free_pages))
         out->pages_free = free_pages;
     out->planned_bytes = e->plan.total;
-    out->private_bytes = plan_private_bytes() - e->private_before;
+    out->used_bytes = plan_used_bytes(&e->ops) - e->used_before;
 }
+
+int engine_finish(struct engine *e) { return ops_finish(&e->ops); }

@@ -19,7 +19,7 @@
 struct engine;
 
 /* engine_open - collective: agrees on configuration, plans and prints memory, loads this rank's shard, takes the KV
- * pool, runs a warm-up, seals memory. engine_close accepts NULL. */
+ * pool, seals memory. engine_close accepts NULL. */
 int engine_open(const struct config *config, struct comm *comm, struct liveness *liveness,
                 struct engine **out) MUST_CHECK;
 void engine_close(struct engine *engine);
@@ -68,10 +68,16 @@ int engine_ceilings(struct engine *engine, struct engine_floor *out) MUST_CHECK;
 struct engine_counters {
     int64_t steps, prefill_tokens, decode_tokens;
     double prefill_seconds, decode_seconds, vision_seconds;
-    int max_running;                     /* most sequences that ran at once */
-    int64_t pages_total, pages_free;     /* of this rank's pool */
-    size_t planned_bytes, private_bytes; /* of this rank: the plan, and how its private memory really grew */
+    int max_running;                  /* most sequences that ran at once */
+    int64_t pages_total, pages_free;  /* of this rank's pool */
+    size_t planned_bytes, used_bytes; /* of this rank: the plan, and how the memory it is about really grew */
 };
-void engine_counters(const struct engine *engine, struct engine_counters *out);
+void engine_counters(struct engine *engine, struct engine_counters *out);
+
+/* engine_progress - the counters of steps and tokens alone, without a look at the device. */
+void engine_progress(const struct engine *engine, struct engine_counters *out);
+
+/* engine_finish - waits until this rank's device has done all steps so far. For clocks. */
+int engine_finish(struct engine *engine) MUST_CHECK;
 
 #endif

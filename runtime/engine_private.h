@@ -27,13 +27,14 @@ struct engine_prefill {
 };
 
 struct engine {
-    struct comm *comm;
+    struct comm *comm; /* the caller's, or ours around it where the data plane is a GPU's */
+    struct comm *device_comm;
     struct liveness *liveness;
     struct ops ops;
     struct resources resources;
     struct memory_plan plan;
-    void *memory; /* the arena's block */
-    size_t private_before;
+    void *memory;       /* the arena's block */
+    size_t used_before; /* memory in use before ours was taken */
     struct step_message message;
     struct step_limits limits;
     struct engine_slot *slots;
@@ -49,7 +50,10 @@ struct engine {
 
 /* engine_start.c: phases of the opening, each local; engine_open agrees after each. */
 int engine__configure(struct engine *e, const struct config *config) MUST_CHECK;
-int engine__plan(struct engine *e, const struct config *config, struct model_dims *dims,
+int engine__describe(struct engine *e, const struct config *config, struct model_dims *dims) MUST_CHECK;
+/* collective: the communicator of the device */
+int engine__connect(struct engine *e, const struct config *config, const struct model_dims *dims) MUST_CHECK;
+int engine__plan(struct engine *e, const struct config *config, const struct model_dims *dims,
                  struct checkpoint **checkpoint) MUST_CHECK;
 int engine__allocate(struct engine *e, const struct checkpoint *checkpoint) MUST_CHECK;
 int engine__load(struct engine *e, struct checkpoint *checkpoint) MUST_CHECK;

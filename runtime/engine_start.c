@@ -12,9 +12,10 @@
 int engine__configure(struct engine *e, const struct config *config)
 {
     bool cuda = config->device == CONFIG_DEVICE_CUDA;
-    e->private_before = plan_private_bytes();
-    return ops_open(&e->ops, cuda ? "cuda" : "cpu", cuda ? e->comm->local_rank : 0,
-                    config->cpu_threads > 0 ? config->cpu_threads : 1);
+    TRY(ops_open(&e->ops, cuda ? "cuda" : "cpu", cuda ? e->comm->local_rank : 0,
+                 config->cpu_threads > 0 ? config->cpu_threads : 1));
+    e->used_before = plan_used_bytes(&e->ops);
+    return OK;
 }
 
 /* ---- plan ---- */
@@ -47,9 +48,27 @@ static int check_fit(const struct engine *e)
          plan->total >> 20, plan->available >> 20);
 }
 
-int engine__plan(struct engine *e, const struct config *config, struct model_dims *dims, struct checkpoint **checkpoint)
+int engine__describe(struct engine *e, const struct config *config, struct model_dims *dims)
 {
     TRY(model_dims_load(config->model, dims));
+    return resources_use_dtype(config, dims, &e->ops);
+}
+
+int engine__connect(struct engine *e, const struct config *config, const struct model_dims *dims)
+{
+    if (config->device != CONFIG_DEVICE_CUDA || e->comm->size == 1) return OK;
+    int rows =
+        config->max_num_batched_tokens > config->max_num_seqs ? config->max_num_batched_tokens : config->max_num_seqs;
+    size_t bytes = (size_t)rows * (size_t)dims->hidden_size * dtype_size(e->ops.dtype);
+    TRY(comm_device_open(e->comm, e->comm->local_rank, e->ops.stream, bytes, &e->device_comm));
+    e->comm = e->device_comm;
+    e->used_before = plan_used_bytes(&e->ops);
+    return OK;
+}
+
+int engine__plan(struct engine *e, const struct config *config, const struct model_dims *dims,
+                 struct checkpoint **checkpoint)
+{
     if (config->load_format != CONFIG_LOAD_DUMMY) TRY(checkpoint_open(config->model, checkpoint));
     TRY(resources_open(config, dims, &e->ops, e->comm, &e->resources));
     if (*checkpoint) TRY(weights_check(model_weights(e->resources.model), *checkpoint));

@@ -5,8 +5,10 @@
 
 #include "base/file.h"
 
-size_t plan_private_bytes(void)
+size_t plan_used_bytes(struct ops *ops)
 {
+    size_t left = 0, total = 0;
+    if (!ops_memory_free(ops, &left, &total) && total) return total - left;
     int64_t kib = file_number("/proc/self/status", "RssAnon:");
     return kib > 0 ? (size_t)kib << 10 : 0;
 }
@@ -48,15 +50,34 @@ static int64_t most_pages(const struct resources *r)
     return (int64_t)r->kv.n_slots * r->kv.lanes_per_slot * r->kv.max_pages;
 }
 
-/* Bytes of the pool on a CPU rank: as configured, else all that can be used, at most a quarter of what is available. */
-static int64_t choose_pages(const struct resources *r, size_t available)
+/* What this rank may take: of a GPU its share of all memory, less what is taken; of a host, divided by its ranks. */
+static int find_available(const struct resources *r, bool *gpu, size_t *available)
+{
+    size_t left = 0, total = 0;
+    TRY(ops_memory_free(r->ops, &left, &total));
+    *gpu = r->config.device == CONFIG_DEVICE_CUDA;
+    if (total) {
+        size_t spared = (size_t)((1 - r->config.gpu_memory_utilization) * (double)total);
+        *available = left > spared ? left - spared : 0;
+        return OK;
+    }
+    int local_ranks = r->comm->local_size > 0 ? r->comm->local_size : r->comm->size;
+    *available = *gpu ? 0 : plan_available_bytes() / (size_t)local_ranks;
+    return OK;
+}
+
+/* Pages of the pool: as configured, else all that can be used; on a GPU at most what the rest leaves, on a host at most
+ * a quarter of what is available. */
+static int64_t choose_pages(const struct resources *r, bool gpu, size_t available, size_t rest)
 {
     size_t page = resources_page_bytes(r);
     int64_t most = most_pages(r), fit;
     if (r->config.kv_cache_memory_bytes)
         fit = r->config.kv_cache_memory_bytes / (int64_t)page;
+    else if (gpu && available)
+        fit = available > rest ? (int64_t)((available - rest) / (page + sizeof(int32_t))) : 0;
     else
-        fit = (int64_t)(available / 4 / page);
+        fit = gpu ? most : (int64_t)(available / 4 / page);
     return fit < most ? fit : most;
 }
 
@@ -71,24 +92,41 @@ static int measure_arena(struct resources *r, const struct checkpoint *checkpoin
     return OK;
 }
 
-int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, struct memory_plan *out)
+static int measure_all(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, bool gpu,
+                       struct memory_plan *out)
 {
     struct ops_limits limits = model_limits(r->model);
     struct step_limits step = plan_step_limits(&r->config, &r->dims);
     size_t scratch;
-    memset(out, 0, sizeof *out);
-    int local_ranks = r->comm->local_size > 0 ? r->comm->local_size : r->comm->size;
-    out->available = plan_available_bytes() / (size_t)local_ranks;
-    out->page_bytes = resources_page_bytes(r);
-    out->lanes = r->kv.lanes_per_slot;
-    out->n_pages = n_pages ? n_pages : choose_pages(r, out->available);
-    TRY(measure_arena(r, checkpoint, out->n_pages, out));
+    out->n_rows = 0;
+    out->total = 0;
+    out->n_pages = n_pages;
+    TRY(measure_arena(r, checkpoint, n_pages, out));
     TRY(ops_reserve(r->ops, &limits, &scratch, true));
     add_row(out, "op scratch", scratch);
+    if (gpu) { /* the communicator has taken its part already, and messages lie in the host's memory */
+        add_row(out, "decode graphs", ops_graph_bytes(r->ops, r->dims.n_layers));
+        return OK;
+    }
     if (r->comm->size > 1)
         add_row(out, "communicator", comm_scratch_bytes(r->comm->size, model_reduce_bytes(r->model)));
     add_row(out, "step messages", step_message_bytes(&step));
     return OK;
+}
+
+int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, struct memory_plan *out)
+{
+    bool gpu;
+    memset(out, 0, sizeof *out);
+    out->page_bytes = resources_page_bytes(r);
+    out->lanes = r->kv.lanes_per_slot;
+    TRY(find_available(r, &gpu, &out->available));
+    if (r->gpu_memory) out->available = (size_t)((double)r->gpu_memory * r->config.gpu_memory_utilization);
+    if (!n_pages) {
+        TRY(measure_all(r, checkpoint, 0, gpu, out));
+        n_pages = choose_pages(r, gpu, out->available, out->total);
+    }
+    return measure_all(r, checkpoint, n_pages, gpu, out);
 }
 
 /* ---- printing ---- */
@@ -159,11 +197,12 @@ static int plan_rank(struct printing *p, int rank)
     struct resources r;
     struct memory_plan plan;
     int rc = resources_open(p->config, p->dims, p->ops, &comm, &r);
+    if (p->config->device == CONFIG_DEVICE_CUDA) r.gpu_memory = p->memory;
     if (!rc) rc = plan_measure(&r, p->checkpoint, p->out ? p->n_pages : 0, &plan);
     if (!rc && !p->out && (!p->n_pages || plan.n_pages < p->n_pages)) p->n_pages = plan.n_pages;
     if (!rc && p->out) {
-        if (p->memory) plan.available = p->memory;
-        p->fits = p->fits && plan.total <= plan.available;
+        if (p->memory && p->config->device != CONFIG_DEVICE_CUDA) plan.available = p->memory;
+        p->fits = p->fits && (!plan.available || plan.total <= plan.available) && plan.n_pages >= plan.lanes;
         if (p->json) {
             fputs(rank ? ", " : "", p->out);
             print_json(&plan, &r, p->out);
@@ -208,7 +247,9 @@ int plan_print(const struct config *config, int n_ranks, double gpu_memory_gib, 
                          .memory = (size_t)(gpu_memory_gib * 1073741824.0),
                          .json = json,
                          .fits = true};
-    int rc = ops_open(&ops, "cpu", 0, 1);
+    int rc = config->device == CONFIG_DEVICE_CUDA ? ops_open(&ops, "cuda", OPS_NO_DEVICE, 1) : ERR_UNSUPPORTED;
+    if (rc == ERR_UNSUPPORTED) rc = ops_open(&ops, "cpu", 0, 1);
+    if (!rc) rc = resources_use_dtype(config, &dims, &ops);
     if (!rc) rc = print_ranks(&p, out);
     ops_close(&ops);
     checkpoint_close(checkpoint);

@@ -17,7 +17,7 @@ struct memory_plan {
     } row[PLAN_MAX_ROWS];
     int n_rows;
     size_t total;     /* of all rows */
-    size_t available; /* what this rank may take; 0: unknown */
+    size_t available; /* what this rank may take of the host's or its GPU's memory; 0: unknown */
     int64_t n_pages;  /* of the KV pool */
     size_t page_bytes;
     int lanes;          /* KV heads over all layers */
@@ -35,13 +35,14 @@ struct step_limits plan_step_limits(const struct config *config, const struct mo
 /* plan_print_table - for people, one rank's rows and how many sequences fit. */
 void plan_print_table(const struct memory_plan *plan, const struct resources *r, FILE *out);
 
-/* plan_print - the `vitrail plan` command: every rank of n_ranks, without starting any. gpu_memory_gib 0: this host. */
+/* plan_print - the `vitrail plan` command: every rank of n_ranks, without starting any. gpu_memory_gib 0: this host.
+ * For device: cuda the backend only measures; without it in the build, the CPU's sizes are shown. */
 int plan_print(const struct config *config, int n_ranks, double gpu_memory_gib, bool json, FILE *out) MUST_CHECK;
 
 /* plan_available_bytes - memory this host can still give (MemAvailable and the cgroup's limit). */
 size_t plan_available_bytes(void);
 
-/* plan_private_bytes - anonymous memory of this process, as the system counts it (RssAnon). */
-size_t plan_private_bytes(void);
+/* plan_used_bytes - memory taken so far, as the system counts it: of this process (RssAnon), or of the whole device. */
+size_t plan_used_bytes(struct ops *ops);
 
 #endif

@@ -71,6 +71,14 @@ static enum dtype weight_dtype(const struct config *config)
     }
 }
 
+int resources_use_dtype(const struct config *config, const struct model_dims *dims, struct ops *ops)
+{
+    enum dtype wanted = weight_dtype(config);
+    if (config->device == CONFIG_DEVICE_CUDA && wanted == DTYPE_F32)
+        FAIL(ERR_CONFIG, "dtype is float32, which is served on CPU only; set bfloat16, float16 or auto");
+    return ops_use_dtype(ops, wanted != DTYPE_N ? wanted : dims->dtype);
+}
+
 int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
                    struct resources *r)
 {
@@ -84,7 +92,8 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
                                     .max_seqs = r->config.max_num_seqs,
                                     .max_context = r->config.max_model_len,
                                     .max_images = resources_max_images(&r->config, dims),
-                                    .weight_dtype = weight_dtype(config)};
+                                    /* A GPU multiplies weights and activations of one dtype. */
+                                    .weight_dtype = ops->dtype == DTYPE_F32 ? weight_dtype(config) : ops->dtype};
     if (dims->family == MODEL_LLAVA) TRY(find_pixel_scale(r, &options));
     TRY(model_open(dims, &options, ops, comm, &r->model));
     r->kv = (struct kv_view){.page_size = r->config.kv_page_size,

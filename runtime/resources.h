@@ -20,11 +20,16 @@ struct resources {
     struct policy policy;
     char *policy_memory; /* holds the state of the greediest policy, so that eval can change policies */
     size_t policy_bytes;
+    size_t gpu_memory; /* of a GPU that is only planned for; 0: there is one, or its size is not known */
     /* Results of a step on their way to the host, one step late: two of each, used in turn. */
     int32_t *tokens;        /* [2, n_slots + 1]: next_token of all slots, then the cache's error word */
     float *logprob;         /* [2, n_slots, 1 + MAX_LOGPROBS] */
     int32_t *logprob_token; /* [2, n_slots, 1 + MAX_LOGPROBS] */
 };
+
+/* resources_use_dtype - settles the activations' dtype by the config's, else the checkpoint's. Before resources_open.
+ * Errors: ERR_CONFIG for float32 on a GPU. */
+int resources_use_dtype(const struct config *config, const struct model_dims *dims, struct ops *ops) MUST_CHECK;
 
 /* resources_open - shard plan and sizes for a loaded config and dims; no device memory yet. ops and comm are kept.
  * Errors: ERR_CONFIG where limits and model do not fit together, naming the keys. resources_close accepts half-open. */

@@ -107,6 +107,6 @@ int engine_set_policy(struct engine *e, const struct policy_config *config)
     return OK;
 }
 
-void engine_counters(const struct engine *e, struct engine_counters *out) { *out = e->counters; }
+void engine_counters(struct engine *e, struct engine_counters *out) { *out = e->counters; }
 
 #endif

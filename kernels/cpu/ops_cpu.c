@@ -10,7 +10,7 @@ static int count_devices(void) { return 1; }
 
 static int open_cpu(struct ops *o, int device, int n_threads)
 {
-    if (device != 0) FAIL(ERR_ARG, "cpu: device %d, expected 0", device);
+    if (device != 0 && device != OPS_NO_DEVICE) FAIL(ERR_ARG, "cpu: device %d, expected 0", device);
     struct cpu *c = calloc(1, sizeof *c);
     if (!c) FAIL(ERR_NOMEM, "cpu: %zu bytes for the backend", sizeof *c);
     c->n_threads = n_threads;
@@ -29,6 +29,20 @@ static void close_cpu(struct ops *o)
     if (c->scratch) cpu__memory_give_back(o, c->scratch, c->scratch_bytes);
     free(c);
     o->impl = NULL;
+}
+
+static int use_dtype(struct ops *o, enum dtype model_dtype)
+{
+    (void)o, (void)model_dtype; /* weights are widened on use */
+    return OK;
+}
+
+/* The process's own memory: what is free of it is the plan's business. */
+static int memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)o;
+    *free_bytes = *total_bytes = 0;
+    return OK;
 }
 
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
@@ -94,16 +108,30 @@ static int finish(struct ops *o)
     return OK;
 }
 
+static int decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
+{
+    (void)o, (void)batch, (void)kv;
+    return OK;
+}
+
 static int run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg)
 {
     (void)o, (void)bucket;
     return body(arg);
 }
 
+static void forget_steps(struct ops *o) { (void)o; }
+
 static int bucket(const struct ops *o, int n)
 {
     (void)o;
     return n;
+}
+
+static size_t graph_bytes(const struct ops *o, int n_layers)
+{
+    (void)o, (void)n_layers;
+    return 0;
 }
 
 /* Ops are done when they return: a mark has nothing to note and a download nothing to wait for. */
@@ -124,6 +152,8 @@ const struct ops_vt ops_cpu = {
     .device_count = count_devices,
     .open = open_cpu,
     .close = close_cpu,
+    .use_dtype = use_dtype,
+    .memory_free = memory_free,
     .reserve = reserve,
     .memory_take = cpu__memory_take,
     .memory_give_back = cpu__memory_give_back,
@@ -132,8 +162,10 @@ const struct ops_vt ops_cpu = {
     .copy = copy,
     .zero = zero,
     .finish = finish,
+    .forget_steps = forget_steps,
     .run_step = run_step,
     .bucket = bucket,
+    .graph_bytes = graph_bytes,
     .mark = mark,
     .download_marked = download_marked,
     .ceilings = cpu__ceilings,
@@ -153,6 +185,7 @@ const struct ops_vt ops_cpu = {
     .image_patches = cpu__image_patches,
     .attention_vision = cpu__attention_vision,
     .attention_prefill = cpu__attention_prefill,
+    .decode_begin = decode_begin,
     .attention_decode = cpu__attention_decode,
     .attention_probe = cpu__attention_probe,
     .kv_reset = cpu__kv_reset,

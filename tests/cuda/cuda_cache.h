@@ -25,10 +25,11 @@ static inline struct cache cache_take(struct cuda_fixture *f, int n_slots, int l
     c.gpu.free_stack = cuda_take(f, (size_t)n_pages * sizeof(int32_t));
     c.gpu.free_count = cuda_take(f, sizeof(int32_t));
     c.gpu.error = cuda_take(f, sizeof(int32_t));
-    uint16_t *raw = malloc(bytes + 1);
+    uint16_t *raw = malloc(bytes + 1), bits[4];
     if (!raw) abort();
-    for (size_t i = 0; i < bytes / 2; i++)
-        cuda_set_element(raw, f->dtype, (int64_t)i, stale == STALE_NAN ? NAN : i % 3 ? 9984 : -7040);
+    cuda_set_element(bits, f->dtype, 0, stale == STALE_NAN ? NAN : 9984);
+    cuda_set_element(bits, f->dtype, 1, stale == STALE_NAN ? NAN : -7040);
+    for (size_t i = 0; i < bytes / 2; i++) raw[i] = bits[i % 3 == 0];
     RUN(f, ops_upload(&f->gpu, c.gpu.pool.data, raw, bytes));
     RUN(f, ops_kv_reset(&f->gpu, &c.gpu));
     free(raw);

@@ -198,7 +198,7 @@ static void run_plan(const char *name, const char *model, const char *const *set
     }
     service_stop(&s);
     struct engine_counters c = service_counters(&s);
-    double planned = (double)c.planned_bytes, grew = (double)c.private_bytes, off = fabs(grew - planned);
+    double planned = (double)c.planned_bytes, grew = (double)c.used_bytes, off = fabs(grew - planned);
     double allowed = fmax(0.02 * planned, 16 * 1048576.0);
     printf("\n    rank %d, %-24s planned %7.1f MiB, grew %7.1f MiB", ranks.comm->rank, name, planned / 1048576,
            grew / 1048576);

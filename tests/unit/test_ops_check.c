@@ -5,7 +5,9 @@
 static void test_open(void)
 {
     struct ops o;
-    CHECK_FAILS(ops_open(&o, "cuda", 0, 1), ERR_UNSUPPORTED, "which has: cpu");
+    CHECK_FAILS(ops_open(&o, "tpu", 0, 1), ERR_UNSUPPORTED, "which has: cpu");
+    ops_close(&o);
+    CHECK(ops_open(&o, "cuda", 4096, 1) != OK); /* not in the build, or no such device */
     ops_close(&o);
     CHECK_FAILS(ops_open(&o, "cpu", 3, 1), ERR_ARG, "device 3");
     ops_close(&o);

@@ -1,0 +1,145 @@
+/* cuda - the CUDA backend's state and its ops, one file a family; the table stands in ops_cuda.c.
+ *
+ * Activations and weights are bfloat16 or float16 (o->dtype), accumulation is float32. Everything runs in order on one
+ * stream. Results depend on shapes and lengths alone, never on the other rows of a batch or on timing: no atomics on
+ * floats, fixed splits. Scratch is one block, reserved for the greediest op and laid out anew by each call
+ * (cuda__scratch); what must live longer (the decode step's work list, counters that stay zero between launches) has
+ * places of its own. Nothing is allocated after ops_reserve. */
+#ifndef VITRAIL_KERNELS_CUDA_CUDA_H
+#define VITRAIL_KERNELS_CUDA_CUDA_H
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "base/arena.h"
+#include "kernels/ops.h"
+
+struct cuda_upload; /* upload.c: pinned memory on its way up */
+struct cuda_graphs; /* graphs.c: one captured decode step a bucket */
+struct cuda_linear; /* linear.c: cuBLASLt, its workspace and its choices */
+
+enum { CUDA_MARKS = 2, CUDA_WORKSPACE_BYTES = 32 << 20 };
+
+struct cuda {
+    int device, n_multiprocessors;
+    int arch;             /* compute capability, 90 for 9.0 */
+    int max_shared_bytes; /* of a block that asks for it */
+    bool capturing;       /* a decode step is being recorded: launches do not run */
+    cudaStream_t stream;
+    cudaEvent_t mark[CUDA_MARKS];
+    cudaStream_t copy_stream; /* downloads of marked results, beside the ops */
+    void *scratch;
+    size_t scratch_first, scratch_bytes; /* where the part that every call lays out anew begins; the whole */
+    struct ops_limits limits;            /* of ops_reserve */
+    int32_t *work_item;  /* [max_lanes, work_capacity] decode attention: (sequence, split) of each piece of a lane */
+    int32_t *work_count; /* [max_lanes] pieces of each lane */
+    int work_capacity, split_tokens;
+    void *workspace;  /* of cuBLASLt */
+    int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head are done */
+    int n_counters;
+    struct cuda_upload *upload;
+    struct cuda_graphs *graphs;
+    struct cuda_linear *linear;
+};
+
+static inline struct cuda *cuda__of(const struct ops *o) { return (struct cuda *)o->impl; }
+
+/* cuda__failed - ERR_DEVICE naming the call and what the driver said. CUDA_TRY - returns it. */
+int cuda__failed(const char *what, cudaError_t error);
+#define CUDA_TRY(call)                                                                                                 \
+    do {                                                                                                               \
+        cudaError_t cuda_error = (call);                                                                               \
+        if (cuda_error != cudaSuccess) return cuda__failed(#call, cuda_error);                                         \
+    } while (0)
+
+/* cuda__launched - the error of the launch just made, if any. */
+int cuda__launched(const char *kernel) MUST_CHECK;
+
+/* cuda__scratch - an arena over the backend's scratch. ERR_BUG before ops_reserve. */
+int cuda__scratch(struct ops *o, struct arena *arena) MUST_CHECK;
+
+/* Scratch of each family for shapes within `limits`: takes it from the (measuring) arena. */
+int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__decode_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__probe_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+
+/* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
+ * unless the ring is full. */
+int cuda__upload_open(struct cuda *c) MUST_CHECK;
+void cuda__upload_close(struct cuda *c);
+int cuda__upload(struct ops *o, void *to, const void *from_host, size_t bytes);
+int cuda__download(struct ops *o, void *to_host, const void *from, size_t bytes);
+
+/* graphs.c */
+int cuda__run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg);
+int cuda__bucket(const struct ops *o, int n);
+size_t cuda__graph_bytes(const struct ops *o, int n_layers);
+void cuda__graphs_close(struct cuda *c);
+
+/* linear.c */
+int cuda__linear_open(struct cuda *c) MUST_CHECK;
+void cuda__linear_close(struct cuda *c);
+/* activation.cu - y += bias, for either float. */
+int cuda__add_bias(struct ops *o, struct tensor y, const float *bias) MUST_CHECK;
+/* gemv.cu - y = x w^T + bias (may be NULL) for few rows; false: this shape is not for it. */
+bool cuda__gemv_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w);
+/* ... and for any shape at all, slowly. */
+int cuda__linear_plain(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+
+/* attention_hopper.cu - prompt attention with wgmma and the tensor copy engine; false: not for this device or shape. */
+bool cuda__attention_hopper_fits(const struct cuda *c, const struct kv_view *kv, const struct attention_heads *heads);
+int cuda__attention_hopper(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                           const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
+
+/* The ops, as ops.h defines them. */
+int cuda__embed(struct ops *o, struct tensor y, struct tensor table, const int32_t *ids, int first_row);
+int cuda__gather_rows(struct ops *o, struct tensor y, struct tensor x, const int32_t *index);
+int cuda__scatter_rows(struct ops *o, struct tensor y, const int32_t *index, struct tensor x);
+int cuda__decode_inputs(struct ops *o, int32_t *ids, int32_t *position, const int32_t *slot, int n,
+                        const struct sampling_state *state);
+int cuda__unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
+int cuda__ceilings(struct ops *o, size_t weight_bytes, struct ops_ceilings *out);
+int cuda__fill_normal(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
+                      int64_t whole_columns);
+int cuda__image_patches(struct ops *o, struct tensor y, const uint8_t *pixels, int n_images, int image_size,
+                        int patch_size, const float *scale, const float *shift);
+int cuda__rms_norm(struct ops *o, struct tensor y, struct tensor x, const float *w, float eps);
+int cuda__add_rms_norm(struct ops *o, struct tensor y, struct tensor residual, struct tensor x, const float *w,
+                       float eps);
+int cuda__layer_norm(struct ops *o, struct tensor y, struct tensor x, const float *w, const float *b, float eps);
+int cuda__add(struct ops *o, struct tensor y, struct tensor x);
+int cuda__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias);
+int cuda__rope(struct ops *o, struct tensor x, const int32_t *position, const float *inverse_frequency, float scale);
+int cuda__swiglu(struct ops *o, struct tensor y, struct tensor gate_up);
+int cuda__activate(struct ops *o, struct tensor x, enum activation kind);
+int cuda__attention_vision(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                           int n_images, float scale);
+int cuda__attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                            const struct seq_batch *batch, const struct kv_view *kv,
+                            const struct attention_heads *heads);
+int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
+int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                           const struct kv_view *kv, const struct attention_heads *heads);
+int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
+                          const struct attention_probe *probe);
+int cuda__kv_reset(struct ops *o, const struct kv_view *kv);
+int cuda__kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
+                    struct tensor v, const struct seq_batch *batch);
+int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
+                  int keep_stride, const int32_t *n_keep);
+int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
+int cuda__select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window);
+int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
+int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
+                         const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

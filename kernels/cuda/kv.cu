@@ -1,0 +1,262 @@
+/* The paged cache: append, pack, release. Pages are popped and pushed with integer counters, so that which number a
+ * lane gets may vary from run to run, and nothing else can. Every op leaves free pages + pages below the lanes' lengths
+ * = all pages, also when it reports an error. */
+#include "kernels/cuda/device.cuh"
+
+enum { LANES_A_BLOCK = 4, WARP = 32 };
+
+__device__ static int pages_of(const struct kv_view &kv, int length)
+{
+    return (int)(((int64_t)length + kv.page_size - 1) / kv.page_size);
+}
+
+__global__ static void reset_kernel(struct kv_view kv)
+{
+    wait_for_predecessor();
+    const int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = first; i < kv.n_pages; i += step) kv.free_stack[i] = kv.n_pages - 1 - (int32_t)i;
+    for (int64_t i = first; i < (int64_t)kv.n_slots * kv.lanes_per_slot; i += step) kv.lane_len[i] = 0;
+    if (first == 0) *kv.free_count = kv.n_pages, *kv.error = 0;
+}
+
+int cuda__kv_reset(struct ops *o, const struct kv_view *kv)
+{
+    return cuda__launch(o, "kv_reset", reset_kernel, dim3(512), dim3(256), 0, *kv);
+}
+
+/* Grows a lane by n tokens, called by a whole warp; its length before, or -1 (and the error word set). */
+__device__ static int grow_lane(const struct kv_view &kv, int lane, int n)
+{
+    const int thread = (int)threadIdx.x % WARP;
+    const int length = kv.lane_len[lane], have = pages_of(kv, length);
+    const int64_t wanted = ((int64_t)length + n + kv.page_size - 1) / kv.page_size;
+    int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
+    int base = 0;
+    if (wanted > kv.max_pages) {
+        if (thread == 0) atomicOr(kv.error, KV_ERROR_LANE_FULL);
+        return -1;
+    }
+    const int more = (int)wanted - have;
+    if (more > 0) {
+        if (thread == 0) {
+            base = atomicSub(kv.free_count, more) - more;
+            if (base < 0) {
+                atomicAdd(kv.free_count, more);
+                atomicOr(kv.error, KV_ERROR_NO_FREE_PAGE);
+            }
+        }
+        base = __shfl_sync(~0u, base, 0);
+        if (base < 0) return -1;
+        for (int i = thread; i < more; i += WARP) row[have + i] = kv.free_stack[base + more - 1 - i];
+    }
+    __syncwarp();
+    if (thread == 0) kv.lane_len[lane] = length + n;
+    return length;
+}
+
+/* ---- decode: one token a lane, a warp each ---- */
+
+template <typename T>
+__global__ static void append_one_kernel(struct kv_view kv, int lane_of_layer, int n_kv_heads, const T *k,
+                                         int64_t k_stride, const T *v, int64_t v_stride, const int32_t *slot,
+                                         int n_seqs)
+{
+    wait_for_predecessor();
+    let_successor_start();
+    const int item = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP, thread = (int)threadIdx.x % WARP;
+    const int row = item / n_kv_heads, head = item % n_kv_heads, dim = kv.head_dim;
+    if (row >= n_seqs || slot[row] < 0 || slot[row] >= kv.n_slots) return;
+    const int lane = cache_lane(kv, slot[row], lane_of_layer + head), at = grow_lane(kv, lane, 1);
+    if (at < 0) return;
+    __syncwarp();
+    T *to = (T *)kv.pool.data + cache_key(kv, lane, at);
+    const T *from_k = k + row * k_stride + (int64_t)head * dim, *from_v = v + row * v_stride + (int64_t)head * dim;
+    for (int i = thread; i < dim / 2; i += WARP) {
+        ((uint32_t *)to)[i] = ((const uint32_t *)from_k)[i];
+        ((uint32_t *)(to + (int64_t)kv.page_size * dim))[i] = ((const uint32_t *)from_v)[i];
+    }
+}
+
+/* ---- prompts: lanes grow first, then rows are written by many blocks ---- */
+
+/* first[sequence, head]: where the lane's new tokens begin; -1: it did not grow. */
+__global__ static void grow_kernel(struct kv_view kv, int lane_of_layer, int n_kv_heads, const int32_t *slot,
+                                   const int32_t *cu_seqlens, int n_seqs, int32_t *first)
+{
+    wait_for_predecessor();
+    let_successor_start();
+    const int item = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
+    const int i = item / n_kv_heads, head = item % n_kv_heads;
+    if (i >= n_seqs) return;
+    const int n = cu_seqlens[i + 1] - cu_seqlens[i];
+    int at = -1;
+    if (slot[i] >= 0 && slot[i] < kv.n_slots && n > 0)
+        at = grow_lane(kv, cache_lane(kv, slot[i], lane_of_layer + head), n);
+    if (threadIdx.x % WARP == 0) first[item] = at;
+}
+
+/* The sequence that a row belongs to. */
+__device__ static int sequence_of(const int32_t *cu_seqlens, int n_seqs, int row)
+{
+    int low = 0, high = n_seqs;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (cu_seqlens[middle] <= row)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+template <typename T>
+__global__ static void write_rows_kernel(struct kv_view kv, int lane_of_layer, int n_kv_heads, const T *k,
+                                         int64_t k_stride, const T *v, int64_t v_stride, const int32_t *slot,
+                                         const int32_t *cu_seqlens, int n_seqs, const int32_t *first)
+{
+    wait_for_predecessor();
+    let_successor_start();
+    const int row = (int)blockIdx.x, i = sequence_of(cu_seqlens, n_seqs, row), dim = kv.head_dim;
+    const int words = dim / 2, page_words = kv.page_size * dim / 2;
+    const uint32_t *from_k = (const uint32_t *)(k + row * k_stride), *from_v = (const uint32_t *)(v + row * v_stride);
+    for (int w = (int)threadIdx.x; w < n_kv_heads * words; w += (int)blockDim.x) {
+        const int head = w / words, at = first[i * n_kv_heads + head];
+        if (at < 0) continue;
+        uint32_t *to = (uint32_t *)((T *)kv.pool.data + cache_key(kv, cache_lane(kv, slot[i], lane_of_layer + head),
+                                                                  at + row - cu_seqlens[i]));
+        to[w % words] = from_k[w];
+        to[page_words + w % words] = from_v[w];
+    }
+}
+
+int cuda__kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
+                    struct tensor v, const struct seq_batch *batch)
+{
+    const int items = batch->n_seqs * heads->n_kv_heads;
+    const dim3 grid((unsigned)(items + LANES_A_BLOCK - 1) / LANES_A_BLOCK), block(LANES_A_BLOCK * WARP);
+    if (kv->head_dim % 2 || k.stride[0] % 2 || v.stride[0] % 2)
+        FAIL(ERR_UNSUPPORTED, "ops_kv_append: heads of %d dimensions in rows of %lld: the GPU moves pairs",
+             kv->head_dim, (long long)k.stride[0]);
+    if (!batch->cu_seqlens)
+        WITH_TYPE(k.dtype, T,
+                  return cuda__launch(o, "kv_append", append_one_kernel<T>, grid, block, 0, *kv, heads->lane,
+                                      heads->n_kv_heads, (const T *)k.data, k.stride[0], (const T *)v.data, v.stride[0],
+                                      batch->slot, batch->n_seqs));
+    struct arena arena;
+    int32_t *first;
+    TRY(cuda__scratch(o, &arena));
+    TRY(arena_take(&arena, (size_t)items * sizeof *first, "op scratch", &first));
+    TRY(cuda__launch(o, "kv_append", grow_kernel, grid, block, 0, *kv, heads->lane, heads->n_kv_heads, batch->slot,
+                     batch->cu_seqlens, batch->n_seqs, first));
+    WITH_TYPE(k.dtype, T,
+              return cuda__launch(o, "kv_append", write_rows_kernel<T>, dim3((unsigned)batch->n_tokens), dim3(256), 0,
+                                  *kv, heads->lane, heads->n_kv_heads, (const T *)k.data, k.stride[0],
+                                  (const T *)v.data, v.stride[0], batch->slot, batch->cu_seqlens, batch->n_seqs,
+                                  (const int32_t *)first));
+}
+
+int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena)
+{
+    int32_t *first;
+    (void)c;
+    return arena_take(arena, (size_t)limits->max_seqs * (size_t)limits->max_heads * sizeof *first, "op scratch",
+                      &first);
+}
+
+/* ---- pack and release ---- */
+
+enum { MOST_PACKED = 128, PACK_THREADS = 256, PACK_BYTES = 64 /* of a row that one block moves */ };
+
+/* How many entries each lane of a layer keeps; travels as a launch argument. */
+struct keep_counts {
+    int32_t n[MOST_PACKED];
+};
+
+/* Moves kept entries left, a block for each lane, half (K, V) and column slice. Entries are ascending, so a round's
+ * targets lie below the sources of all later rounds; within a round everything is read before anything is written. */
+__global__ static void __launch_bounds__(PACK_THREADS)
+    pack_kernel(struct kv_view kv, int first_lane, const int32_t *keep, int keep_stride, struct keep_counts counts,
+                int element)
+{
+    wait_for_predecessor();
+    let_successor_start();
+    const int lane = first_lane + (int)blockIdx.x, n = counts.n[blockIdx.x], length = kv.lane_len[lane];
+    const int row_bytes = kv.head_dim * element, slice = (int)blockIdx.z * PACK_BYTES;
+    const int words = (row_bytes - slice < PACK_BYTES ? row_bytes - slice : PACK_BYTES) / 4; /* of a row's slice */
+    const int threads_a_row = PACK_BYTES / 4, rows = PACK_THREADS / threads_a_row,
+              word = (int)threadIdx.x % threads_a_row;
+    const int64_t half = (int64_t)blockIdx.y * kv.page_size * kv.head_dim;
+    keep += (int64_t)blockIdx.x * keep_stride;
+    for (int first = 0; first < n; first += rows * 4) {
+        uint32_t held[4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int j = first + r * rows + (int)threadIdx.x / threads_a_row;
+            if (j >= n || length == 0 || word >= words) continue;
+            int entry = keep[j];
+            entry = entry < j ? j : entry >= length ? length - 1 : entry; /* stay inside the lane whatever is given */
+            const char *row = (const char *)kv.pool.data + (cache_key(kv, lane, entry) + half) * element + slice;
+            held[r] = ((const uint32_t *)row)[word];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int j = first + r * rows + (int)threadIdx.x / threads_a_row;
+            if (j >= n || j >= length || word >= words) continue;
+            char *row = (char *)kv.pool.data + (cache_key(kv, lane, j) + half) * element + slice;
+            ((uint32_t *)row)[word] = held[r];
+        }
+        __syncthreads();
+    }
+}
+
+/* Cuts a lane to a length and pushes the pages beyond, called by a whole warp. */
+__device__ static void shrink_lane(const struct kv_view &kv, int lane, int length)
+{
+    const int thread = (int)threadIdx.x % WARP, before = kv.lane_len[lane];
+    if (length > before) return;
+    const int keep = pages_of(kv, length), freed = pages_of(kv, before) - keep;
+    const int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
+    int base = 0;
+    if (freed > 0) {
+        if (thread == 0) base = atomicAdd(kv.free_count, freed);
+        base = __shfl_sync(~0u, base, 0);
+        for (int i = thread; i < freed; i += WARP) kv.free_stack[base + i] = row[keep + freed - 1 - i];
+    }
+    __syncwarp();
+    if (thread == 0) kv.lane_len[lane] = length;
+}
+
+__global__ static void shrink_kernel(struct kv_view kv, int first_lane, int n_lanes, struct keep_counts counts,
+                                     bool to_nothing)
+{
+    wait_for_predecessor();
+    let_successor_start();
+    const int i = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
+    if (i < n_lanes) shrink_lane(kv, first_lane + i, to_nothing ? 0 : counts.n[i]);
+}
+
+int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
+                  int keep_stride, const int32_t *n_keep)
+{
+    const int element = (int)dtype_size(kv->pool.dtype), first_lane = slot * kv->lanes_per_slot + lane;
+    const unsigned slices = (unsigned)((kv->head_dim * element + PACK_BYTES - 1) / PACK_BYTES);
+    for (int first = 0; first < n_lanes; first += MOST_PACKED) {
+        struct keep_counts counts = {};
+        const int n = n_lanes - first < MOST_PACKED ? n_lanes - first : MOST_PACKED;
+        for (int i = 0; i < n; i++) counts.n[i] = n_keep[first + i];
+        TRY(cuda__launch(o, "kv_pack", pack_kernel, dim3((unsigned)n, 2, slices), dim3(PACK_THREADS), 0, *kv,
+                         first_lane + first, keep + (int64_t)first * keep_stride, keep_stride, counts, element));
+        TRY(cuda__launch(o, "kv_pack", shrink_kernel, dim3((unsigned)(n + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
+                         dim3(LANES_A_BLOCK * WARP), 0, *kv, first_lane + first, n, counts, false));
+    }
+    return OK;
+}
+
+int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot)
+{
+    struct keep_counts none = {};
+    const int n = kv->lanes_per_slot;
+    return cuda__launch(o, "kv_release", shrink_kernel, dim3((unsigned)(n + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
+                        dim3(LANES_A_BLOCK * WARP), 0, *kv, slot * n, n, none, true);
+}

@@ -1,0 +1,74 @@
+/* Copies between host and device. Uploads go through a ring of pinned pieces: the caller's memory is free on return,
+ * small ones of one step share a piece, and the host waits only when it is a whole ring ahead of the device. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/cuda.h"
+
+enum { PIECES = 4, PIECE_BYTES = 8 << 20, UPLOAD_ALIGNMENT = 64 };
+
+struct cuda_upload {
+    char *pinned;
+    cudaEvent_t done[PIECES]; /* the copies out of a piece */
+    bool recorded[PIECES];
+    int piece;
+    size_t used;
+};
+
+int cuda__upload_open(struct cuda *c)
+{
+    c->upload = calloc(1, sizeof *c->upload);
+    if (!c->upload) FAIL(ERR_NOMEM, "cuda: out of host memory");
+    CUDA_TRY(cudaHostAlloc((void **)&c->upload->pinned, (size_t)PIECES * PIECE_BYTES, cudaHostAllocDefault));
+    for (int i = 0; i < PIECES; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->upload->done[i], cudaEventDisableTiming));
+    return OK;
+}
+
+void cuda__upload_close(struct cuda *c)
+{
+    struct cuda_upload *u = c->upload;
+    if (!u) return;
+    for (int i = 0; i < PIECES; i++)
+        if (u->done[i]) (void)cudaEventDestroy(u->done[i]);
+    if (u->pinned) (void)cudaFreeHost(u->pinned);
+    free(u);
+    c->upload = NULL;
+}
+
+static int next_piece(struct cuda *c)
+{
+    struct cuda_upload *u = c->upload;
+    CUDA_TRY(cudaEventRecord(u->done[u->piece], c->stream));
+    u->recorded[u->piece] = true;
+    u->piece = (u->piece + 1) % PIECES;
+    u->used = 0;
+    if (u->recorded[u->piece]) CUDA_TRY(cudaEventSynchronize(u->done[u->piece]));
+    return OK;
+}
+
+int cuda__upload(struct ops *o, void *to, const void *from_host, size_t bytes)
+{
+    struct cuda *c = cuda__of(o);
+    struct cuda_upload *u = c->upload;
+    if (c->capturing) FAIL(ERR_BUG, "ops_upload within a captured step: it would repeat what it holds now");
+    for (size_t at = 0; at < bytes;) {
+        if (u->used == PIECE_BYTES) TRY(next_piece(c));
+        size_t room = PIECE_BYTES - u->used, n = bytes - at < room ? bytes - at : room;
+        char *from = u->pinned + (size_t)u->piece * PIECE_BYTES + u->used;
+        memcpy(from, (const char *)from_host + at, n);
+        CUDA_TRY(cudaMemcpyAsync((char *)to + at, from, n, cudaMemcpyHostToDevice, c->stream));
+        at += n;
+        size_t padded = (u->used + n + UPLOAD_ALIGNMENT - 1) / UPLOAD_ALIGNMENT * UPLOAD_ALIGNMENT;
+        u->used = padded < PIECE_BYTES ? padded : PIECE_BYTES;
+    }
+    return OK;
+}
+
+int cuda__download(struct ops *o, void *to_host, const void *from, size_t bytes)
+{
+    struct cuda *c = cuda__of(o);
+    if (c->capturing) FAIL(ERR_BUG, "ops_download within a captured step");
+    CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, c->stream));
+    CUDA_TRY(cudaStreamSynchronize(c->stream));
+    return OK;
+}
