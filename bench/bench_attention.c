@@ -7,7 +7,7 @@
 #include "base/hash.h"
 #include "bench/bench_kernels.h"
 
-enum { PAGE = 16, MOST_LAYERS = 40, HEAD_DIM = BENCH_HEAD_DIM, GROUPS = BENCH_GROUPS };
+enum { PAGE = 16, MOST_LAYERS = 40, MOST_LANES = 40 * MOST_LAYERS, HEAD_DIM = BENCH_HEAD_DIM, GROUPS = BENCH_GROUPS };
 
 static double least(double a, double b) { return a < b ? a : b; }
 
@@ -256,12 +256,15 @@ struct small {
     struct sampling_state state;
     int kind, rows;
 };
-enum { RMS_NORM, ADD_RMS_NORM, SWIGLU, ROPE_APPEND, DECODE_BEGIN, COPY_LOGITS, SAMPLE };
+enum { RMS_NORM, ADD_RMS_NORM, SWIGLU, ROPE_THEN_APPEND, ROPE_APPEND, DECODE_BEGIN, COPY_LOGITS, SAMPLE };
 
 static int rope_append(const struct small *s, int layer)
 {
     struct ops *o = &s->a.b->ops;
     const struct attention_heads heads = layer_heads(&s->a, layer);
+    if (s->kind == ROPE_APPEND)
+        return ops_rope_append(o, &s->a.kv, &heads, part_of(&s->a, layer, 0), part_of(&s->a, layer, 1),
+                               part_of(&s->a, layer, 2), s->position, s->frequency, 1, &s->a.batch);
     TRY(ops_rope(o, part_of(&s->a, layer, 0), s->position, s->frequency, 1));
     TRY(ops_rope(o, part_of(&s->a, layer, 1), s->position, s->frequency, 1));
     return ops_kv_append(o, &s->a.kv, &heads, part_of(&s->a, layer, 1), part_of(&s->a, layer, 2), &s->a.batch);
@@ -271,14 +274,14 @@ static int run_small(void *arg)
 {
     const struct small *s = arg;
     struct ops *o = &s->a.b->ops;
-    if (s->kind == ROPE_APPEND || s->kind == DECODE_BEGIN) TRY(ops_decode_begin(o, &s->a.batch, &s->a.kv));
+    if (s->kind >= ROPE_THEN_APPEND && s->kind <= DECODE_BEGIN) TRY(ops_decode_begin(o, &s->a.batch, &s->a.kv));
     if (s->kind >= COPY_LOGITS) TRY(ops_copy(o, s->logits.data, s->source.data, tensor_bytes(s->logits)));
     if (s->kind == SAMPLE) TRY(ops_sample(o, s->logits, s->a.batch.slot, &s->state));
     for (int i = 0; i < REPEATS && s->kind <= ROPE_APPEND; i++) {
         if (s->kind == RMS_NORM) TRY(ops_rms_norm(o, s->y, s->x, s->norm, 1e-5f));
         if (s->kind == ADD_RMS_NORM) TRY(ops_add_rms_norm(o, s->y, s->residual, s->x, s->norm, 1e-5f));
         if (s->kind == SWIGLU) TRY(ops_swiglu(o, s->gate, s->gate_up));
-        if (s->kind == ROPE_APPEND) TRY(rope_append(s, i));
+        if (s->kind >= ROPE_THEN_APPEND) TRY(rope_append(s, i));
     }
     return OK;
 }
@@ -355,7 +358,9 @@ void bench_small(struct bench *b)
         report_small(b, &s, RMS_NORM, "rms_norm of 4096", REPEATS, 0);
         report_small(b, &s, ADD_RMS_NORM, "add_rms_norm of 4096", REPEATS, 0);
         report_small(b, &s, SWIGLU, "swiglu of 14336", REPEATS, 0);
-        report_small(b, &s, ROPE_APPEND, "rope of q and k, append, 32/8 heads", REPEATS, 0);
+        report_small(b, &s, ROPE_THEN_APPEND, "rope of q and k, append, 32/8 heads", REPEATS, 0);
+        restore_cache(&s.a, 0);
+        report_small(b, &s, ROPE_APPEND, "rope_append, 32/8 heads", REPEATS, 0);
         report_small(b, &s, DECODE_BEGIN, "decode_begin, 256 lanes a slot", 1, 0);
         close_attention(&s.a);
         for (int j = 0; j < 2; j++) {
@@ -392,10 +397,10 @@ static int select_layers(void *arg)
 {
     const struct attention *a = arg;
     const int n = a->heads.n_kv_heads;
-    for (int i = 0; i < a->n_layers; i++)
-        TRY(ops_select_top(&a->b->ops, a->index + (int64_t)i * n * a->budget,
-                           tensor_rows(a->column_sum, (int64_t)i * n, n), a->budget, a->budget / 10));
-    return OK;
+    int k[MOST_LANES], window[MOST_LANES];
+    const int lanes = a->n_layers * n;
+    for (int i = 0; i < lanes; i++) k[i] = a->budget, window[i] = a->budget / 10;
+    return ops_select_top(&a->b->ops, a->index, a->budget, tensor_rows(a->column_sum, 0, lanes), k, window);
 }
 
 static int pack_layers(void *arg)
@@ -422,7 +427,7 @@ static void bench_vl_shape(struct bench *b, int n_heads, int n_kv_heads, int n_l
     for (int i = 0; i < n_kv_heads; i++) a.n_keep[i] = a.budget;
     snprintf(name, sizeof name, "probe of %d rows, %d tokens, %d/%d heads", ROWS, TOKENS, n_heads, n_kv_heads);
     bench_report(b, "vl", name, "us", bench_time(b, probe_layers, &a, false) / n_layers * 1e6, NULL);
-    snprintf(name, sizeof name, "select %d of %d, %d rows", a.budget, TOKENS, n_kv_heads);
+    snprintf(name, sizeof name, "select %d of %d, %d of %d rows", a.budget, TOKENS, n_kv_heads, n_kv_heads * n_layers);
     bench_report(b, "vl", name, "us", bench_time(b, select_layers, &a, false) / n_layers * 1e6, NULL);
     for (int i = 0; i < GROUPS; i++) {
         restore_cache(&a, 0);

@@ -139,6 +139,7 @@ struct chain {
     const struct model *model;
     struct tensor w[4], x[4], y[4];
     int m, only; /* only: one of the four, or -1 */
+    bool gated;  /* gate_up with its swiglu, which gives down its input */
 };
 
 static struct tensor few_rows(struct tensor t, int n) { return tensor_rows(t, 0, n); }
@@ -150,8 +151,12 @@ static int run_chain(void *arg)
         for (int i = 0; i < 4; i++) {
             const int rows = c->model->shape[i][0];
             if (c->only >= 0 && c->only != i) continue;
-            TRY(ops_linear(&c->b->ops, few_rows(c->y[i], c->m), few_rows(c->x[i], c->m),
-                           tensor_rows(c->w[i], (int64_t)layer * rows, rows), NULL));
+            const struct tensor w = tensor_rows(c->w[i], (int64_t)layer * rows, rows);
+            const struct tensor x = few_rows(c->x[i], c->m), y = few_rows(c->y[i], c->m);
+            if (c->gated && i == 2)
+                TRY(ops_linear_swiglu(&c->b->ops, few_rows(c->x[3], c->m), y, x, w, NULL));
+            else
+                TRY(ops_linear(&c->b->ops, y, x, w, NULL));
         }
     return OK;
 }
@@ -170,8 +175,8 @@ static void report_chain(struct chain *c, bool graph)
     char name[80];
     double took = bench_time(c->b, run_chain, c, graph) / c->model->n_layers, weights = chain_weights(c);
     double gbs = 2 * weights / took * 1e-9, tflops = 2 * weights * c->m / took * 1e-12;
-    snprintf(name, sizeof name, "%s, %d rows%s%s", c->model->name, c->m, c->only < 0 ? "" : ", ",
-             c->only < 0 ? "" : parts[c->only]);
+    snprintf(name, sizeof name, "%s, %d rows%s%s%s", c->model->name, c->m, c->only < 0 ? "" : ", ",
+             c->only < 0 ? "" : parts[c->only], c->gated ? ", with swiglu" : "");
     if (graph)
         bench_report(c->b, "linear", name, "us", took * 1e6, "gbs", gbs, "of_copy", gbs / c->b->ceilings.copy_gbs,
                      NULL);
@@ -203,6 +208,9 @@ static void bench_model(struct bench *b, const struct model *model)
     for (size_t i = 0; i < sizeof few / sizeof few[0]; i++) {
         c.m = few[i], c.only = -1;
         report_chain(&c, true);
+        c.gated = true;
+        report_chain(&c, true);
+        c.gated = false;
         for (int j = 0; j < 4 && (c.m == 1 || c.m == 8 || c.m == 64); j++) {
             c.only = j;
             report_chain(&c, true);

@@ -280,6 +280,16 @@ int ops_swiglu(struct ops *o, struct tensor y, struct tensor gate_up)
     return y.dim[0] ? o->vt->swiglu(o, y, gate_up) : OK;
 }
 
+int ops_linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                      const float *bias)
+{
+    TENSOR(x, ACTIVATION_OF(o), 2, ANY_SIZE, ANY_SIZE, 1);
+    TENSOR(y, ACTIVATION_OF(o), 2, x.dim[0], ANY_SIZE, 1);
+    TENSOR(w, IS_WEIGHT, 2, 2 * y.dim[1], x.dim[1], 1);
+    TENSOR(gate_up, ACTIVATION_OF(o), 2, x.dim[0], 2 * y.dim[1], 1);
+    return x.dim[0] && y.dim[1] ? o->vt->linear_swiglu(o, y, gate_up, x, w, bias) : OK;
+}
+
 int ops_activate(struct ops *o, struct tensor x, enum activation kind)
 {
     TENSOR(x, ACTIVATION_OF(o), 2, ANY_SIZE, ANY_SIZE, 1);
@@ -383,6 +393,23 @@ int ops_kv_append(struct ops *o, const struct kv_view *kv, const struct attentio
     return batch->n_tokens ? o->vt->kv_append(o, kv, heads, k, v, batch) : OK;
 }
 
+int ops_rope_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                    struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                    float scale, const struct seq_batch *batch)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    TRY(ops_check__heads(__func__, kv, heads));
+    TRY(ops_check__batch(__func__, kv, batch, !batch || !batch->cu_seqlens));
+    TENSOR(q, ACTIVATION_OF(o), 3, batch->n_tokens, heads->n_heads, heads->head_dim);
+    TENSOR(k, ACTIVATION_OF(o), 3, batch->n_tokens, heads->n_kv_heads, heads->head_dim);
+    TENSOR(v, ACTIVATION_OF(o), 3, batch->n_tokens, heads->n_kv_heads, heads->head_dim);
+    if (heads->head_dim % 2) FAIL(ERR_ARG, "ops_rope_append: heads of %d dimensions, expected even", heads->head_dim);
+    if (!batch->n_tokens) return OK;
+    POINTER(position);
+    POINTER(inverse_frequency);
+    return o->vt->rope_append(o, kv, heads, q, k, v, position, inverse_frequency, scale, batch);
+}
+
 int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                 int keep_stride, const int32_t *n_keep)
 {
@@ -409,15 +436,23 @@ int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot)
     return o->vt->kv_release(o, kv, slot);
 }
 
-int ops_select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window)
+int ops_select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                   const int *window)
 {
     TENSOR(score, IS_F32, 2, ANY_SIZE, ANY_SIZE, 1);
-    if (window < 0 || window > k || k > score.dim[1])
-        FAIL(ERR_ARG, "ops_select_top: window %d, k %d of %lld scores, expected 0 <= window <= k <= scores", window, k,
-             (long long)score.dim[1]);
-    if (k == 0 || score.dim[0] == 0) return OK;
+    if (score.dim[0] == 0) return OK;
+    POINTER(k);
+    POINTER(window);
+    for (int64_t i = 0; i < score.dim[0]; i++)
+        if (window[i] < 0 || window[i] > k[i] || k[i] > score.dim[1] || k[i] > index_stride)
+            FAIL(ERR_ARG,
+                 "ops_select_top: row %lld: window %d, k %d of %lld scores into rows of %d, expected 0 <= window <= k "
+                 "<= "
+                 "both",
+                 (long long)i, window[i], k[i], (long long)score.dim[1], index_stride);
+    if (index_stride == 0) return OK;
     POINTER(index);
-    return o->vt->select_top(o, index, score, k, window);
+    return o->vt->select_top(o, index, index_stride, score, k, window);
 }
 
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count)

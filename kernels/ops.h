@@ -151,6 +151,8 @@ struct ops_vt {
     int (*linear)(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias);
     int (*rope)(struct ops *o, struct tensor x, const int32_t *position, const float *inverse_frequency, float scale);
     int (*swiglu)(struct ops *o, struct tensor y, struct tensor gate_up);
+    int (*linear_swiglu)(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                         const float *bias);
     int (*activate)(struct ops *o, struct tensor x, enum activation kind);
     int (*image_patches)(struct ops *o, struct tensor y, const uint8_t *pixels, int n_images, int image_size,
                          int patch_size, const float *scale, const float *shift);
@@ -169,11 +171,15 @@ struct ops_vt {
     int (*kv_reset)(struct ops *o, const struct kv_view *kv);
     int (*kv_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
                      struct tensor v, const struct seq_batch *batch);
+    int (*rope_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                       struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                       float scale, const struct seq_batch *batch);
     int (*kv_pack)(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                    int keep_stride, const int32_t *n_keep);
     int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
     /* selection and sampling */
-    int (*select_top)(struct ops *o, int32_t *index, struct tensor score, int k, int window);
+    int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                      const int *window);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
@@ -270,6 +276,10 @@ int ops_rope(struct ops *o, struct tensor x, const int32_t *position, const floa
              float scale) MUST_CHECK;
 /* ops_swiglu - y[n, f] = silu(gate) * up; gate_up [n, 2f]: gate columns, then up columns. */
 int ops_swiglu(struct ops *o, struct tensor y, struct tensor gate_up) MUST_CHECK;
+/* ops_linear_swiglu - linear and swiglu in one: y [n, f] from x [n, in] and w [2f, in], gate rows first. gate_up
+ * [n, 2f] is room for what lies between; what it holds afterwards is undefined. */
+int ops_linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                      const float *bias) MUST_CHECK;
 int ops_activate(struct ops *o, struct tensor x, enum activation kind) MUST_CHECK;
 /* ops_image_patches - uint8 pixels [n_images, image_size, image_size, 3] (device) to rows for the patch linear:
  * y [n_images * patches, 3 * patch_size^2] ordered channel, row, column, as a flattened conv weight [out, 3, p, p];
@@ -305,6 +315,11 @@ int ops_kv_reset(struct ops *o, const struct kv_view *kv) MUST_CHECK;
  * needed. */
 int ops_kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
                   struct tensor v, const struct seq_batch *batch) MUST_CHECK;
+/* ops_rope_append - rope of q and k and kv_append in one: q [n, n_heads, head_dim] turns in place; the turned k and v
+ * go to their lanes, and dense k is turned in place too where attention_prefill reads it (CPU), else undefined. */
+int ops_rope_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                    struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                    float scale, const struct seq_batch *batch) MUST_CHECK;
 /* ops_kv_pack - keeps, in each of n_lanes lanes from `lane` on of a slot, the entries keep[i * keep_stride + 0 ..
  * n_keep[i]) (ascending, device; n_keep host) moved left inside the lane's own pages; pages beyond are pushed back. */
 int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
@@ -312,9 +327,11 @@ int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int
 /* ops_kv_release - empties all lanes of a slot and pushes their pages. */
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 
-/* ops_select_top - per row of score [rows, n] float32 the newest `window` positions plus the best k - window of the
- * others, ascending, into index [rows, k]. Equal scores: the lower position wins. 0 <= window <= k <= n. */
-int ops_select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window) MUST_CHECK;
+/* ops_select_top - per row i of score [rows, n] float32 the newest window[i] positions plus the best k[i] - window[i]
+ * of the others, ascending, into index[i * index_stride ...]. k and window: host [rows], 0 <= window <= k <= n. Equal
+ * scores: the lower position wins. */
+int ops_select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                   const int *window) MUST_CHECK;
 /* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).

@@ -88,10 +88,11 @@ struct policy_prefill {
     int first_position; /* position of q's first row */
 };
 
-/* A policy's decision for one layer: per KV head of this rank the ascending entries to keep. */
+/* A policy's decision for one sequence: per lane of its slot on this rank (layers in order, KV heads within them) the
+ * ascending entries to keep, k of the lane's layer of them. */
 struct policy_keep {
-    int k;                /* tokens kept in each lane; equal on all ranks; prompt_tokens: all, index unused */
-    const int32_t *index; /* [n_kv_heads, k] device; valid until the next sequence's decision */
+    const int32_t *index; /* [lanes, stride] device; valid until the next sequence's decision */
+    int stride;
 };
 
 struct policy;
@@ -109,9 +110,8 @@ struct policy_vt {
                          const struct policy_prefill *in);
     /* After the last layer: budgets for all layers (host). Collective over ranks. */
     int (*prefill_end)(struct policy *policy, const struct policy_sequence *sequence, int *k);
-    /* The keep list of one layer, given its k. */
-    int (*select)(struct policy *policy, const struct policy_sequence *sequence, int layer, int k,
-                  struct policy_keep *out);
+    /* The keep lists of all layers, given their k [n_layers], at most prompt_tokens. */
+    int (*select)(struct policy *policy, const struct policy_sequence *sequence, const int *k, struct policy_keep *out);
 };
 
 struct policy {

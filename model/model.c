@@ -28,7 +28,7 @@ struct model {
     int32_t *ids, *position, *slot, *cu_seqlens, *row_index;
     int32_t *host_index; /* [T] scratch for indices on their way up */
     int32_t *host_slot;  /* [S] the same for slots */
-    int32_t *n_keep;     /* [KV heads] tokens to keep, host */
+    int32_t *n_keep;     /* [lanes] tokens to keep, host */
     int n_rows;
     void (*watch)(void *arg, struct tensor logits);
     void *watch_arg;
@@ -60,7 +60,7 @@ int model_open(const struct model_dims *dims, const struct model_options *option
     TRY(open_layers(m));
     m->host_index = calloc((size_t)m->n_rows, sizeof *m->host_index);
     m->host_slot = calloc((size_t)options->max_seqs, sizeof *m->host_slot);
-    m->n_keep = calloc((size_t)dims->n_kv_heads, sizeof *m->n_keep);
+    m->n_keep = calloc((size_t)m->weights.lanes + 1, sizeof *m->n_keep);
     if (!m->host_index || !m->host_slot || !m->n_keep) FAIL(ERR_NOMEM, "model: out of memory");
     m->vision =
         (struct vision){.dims = &m->dims, .weights = &m->weights, .tp = &m->tp, .max_images = options->max_images};
@@ -227,9 +227,7 @@ static int project_and_append(struct model *m, const struct decoder_layer *w, co
                               const struct seq_batch *batch, const struct kv_view *kv)
 {
     TRY(ops_linear(m->ops, a->qkv, tensor_rows(m->h, 0, a->qkv.dim[0]), w->qkv, w->qkv_bias.data));
-    TRY(ops_rope(m->ops, a->q, m->position, m->inverse_frequency, 1.0f));
-    TRY(ops_rope(m->ops, a->k, m->position, m->inverse_frequency, 1.0f));
-    return ops_kv_append(m->ops, kv, &w->heads, a->k, a->v, batch);
+    return ops_rope_append(m->ops, kv, &w->heads, a->q, a->k, a->v, m->position, m->inverse_frequency, 1.0f, batch);
 }
 
 /* The rest of a layer after attention; leaves the next layer's normed input in h (next_norm). */
@@ -242,10 +240,7 @@ static int finish_layer(struct model *m, const struct decoder_layer *w, const st
     TRY(tp_row_add_norm(&m->tp, h, x, partial, a->out_rows, w->o, w->o_bias, w->counted, w->post_norm, eps));
     struct tensor gate_up = tensor_2d(m->work, m->ops->dtype, n, 2 * f);
     struct tensor middle = tensor_2d(m->work + tensor_bytes(gate_up), m->ops->dtype, n, f);
-    if (f > 0) {
-        TRY(ops_linear(m->ops, gate_up, h, w->gate_up, w->gate_up_bias.data));
-        TRY(ops_swiglu(m->ops, middle, gate_up));
-    }
+    if (f > 0) TRY(ops_linear_swiglu(m->ops, middle, gate_up, h, w->gate_up, w->gate_up_bias.data));
     return tp_row_add_norm(&m->tp, h, x, partial, middle, w->down, w->down_bias, true, next_norm, eps);
 }
 
@@ -309,18 +304,15 @@ static int observe_layer(const struct prefill *in, struct policy *policy, int la
 static int compress(struct model *m, const struct policy_sequence *sequence, struct policy *policy,
                     const struct kv_view *kv, int *k)
 {
+    struct policy_keep keep;
+    int lane = 0;
     for (int l = 0; l < m->dims.n_layers; l++) k[l] = sequence->prompt_tokens;
     if (!policy_runs(policy, sequence)) return OK;
     TRY(policy->vt->prefill_end(policy, sequence, k));
-    for (int l = 0; l < m->dims.n_layers; l++) {
-        const struct attention_heads *heads = &m->layers[l].heads;
-        struct policy_keep keep;
-        if (k[l] >= sequence->prompt_tokens) continue;
-        TRY(policy->vt->select(policy, sequence, l, k[l], &keep));
-        for (int h = 0; h < heads->n_kv_heads; h++) m->n_keep[h] = keep.k;
-        TRY(ops_kv_pack(m->ops, kv, sequence->slot, heads->lane, heads->n_kv_heads, keep.index, keep.k, m->n_keep));
-    }
-    return OK;
+    TRY(policy->vt->select(policy, sequence, k, &keep));
+    for (int l = 0; l < m->dims.n_layers; l++)
+        for (int h = 0; h < m->layers[l].heads.n_kv_heads; h++) m->n_keep[lane++] = k[l];
+    return ops_kv_pack(m->ops, kv, sequence->slot, 0, lane, keep.index, keep.stride, m->n_keep);
 }
 
 /* Samples for the prompts that end in this step and compresses their lanes. */

@@ -86,6 +86,15 @@ static inline struct tensor fixture_2d(struct fixture *f, int64_t rows, int64_t 
 }
 static inline float *fixture_row(struct tensor t, int64_t i) { return (float *)t.data + i * t.stride[0]; }
 
+/* ops_select_top with one k and window for all rows. */
+static inline int fixture_select(struct ops *o, int32_t *index, struct tensor score, int k, int window)
+{
+    int ks[64], windows[64];
+    if (score.dim[0] > 64) abort();
+    for (int i = 0; i < 64; i++) ks[i] = k, windows[i] = window;
+    return ops_select_top(o, index, k, score, ks, windows);
+}
+
 /* Same bits. */
 static inline int fixture_same(const void *a, const void *b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
 

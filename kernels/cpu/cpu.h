@@ -75,7 +75,8 @@ int cpu__kv_append(struct ops *o, const struct kv_view *kv, const struct attenti
 int cpu__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                  int keep_stride, const int32_t *n_keep);
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot);
-int cpu__select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window);
+int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                    const int *window);
 int cpu__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cpu__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                         const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

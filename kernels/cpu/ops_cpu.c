@@ -108,6 +108,23 @@ static int finish(struct ops *o)
     return OK;
 }
 
+/* Fused ops are their parts here. */
+static int linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                         const float *bias)
+{
+    TRY(cpu__linear(o, gate_up, x, w, bias));
+    return cpu__swiglu(o, y, gate_up);
+}
+
+static int rope_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                       struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                       float scale, const struct seq_batch *batch)
+{
+    TRY(cpu__rope(o, q, position, inverse_frequency, scale));
+    TRY(cpu__rope(o, k, position, inverse_frequency, scale));
+    return cpu__kv_append(o, kv, heads, k, v, batch);
+}
+
 static int decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
 {
     (void)o, (void)batch, (void)kv;
@@ -181,6 +198,7 @@ const struct ops_vt ops_cpu = {
     .linear = cpu__linear,
     .rope = cpu__rope,
     .swiglu = cpu__swiglu,
+    .linear_swiglu = linear_swiglu,
     .activate = cpu__activate,
     .image_patches = cpu__image_patches,
     .attention_vision = cpu__attention_vision,
@@ -190,6 +208,7 @@ const struct ops_vt ops_cpu = {
     .attention_probe = cpu__attention_probe,
     .kv_reset = cpu__kv_reset,
     .kv_append = cpu__kv_append,
+    .rope_append = rope_append,
     .kv_pack = cpu__kv_pack,
     .kv_release = cpu__kv_release,
     .select_top = cpu__select_top,

@@ -46,10 +46,11 @@ static void select_row(int32_t *index, const float *score, int n, int k, int win
     for (int i = others; i < n; i++) *index++ = i;
 }
 
-int cpu__select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window)
+int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                    const int *window)
 {
 #pragma omp parallel for num_threads(cpu__of(o)->n_threads) if (score.dim[0] * score.dim[1] > CPU_PARALLEL_WORK)
     for (int64_t row = 0; row < score.dim[0]; row++)
-        select_row(index + row * k, cpu__row(score, row), (int)score.dim[1], k, window);
+        select_row(index + row * index_stride, cpu__row(score, row), (int)score.dim[1], k[row], window[row]);
     return OK;
 }

@@ -89,6 +89,7 @@ int cuda__add_bias(struct ops *o, struct tensor y, const float *bias) MUST_CHECK
 bool cuda__gemv_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w);
 /* ... and for any shape at all, slowly. */
 int cuda__linear_plain(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 
 /* attention_hopper.cu - prompt attention with wgmma and the tensor copy engine; false: not for this device or shape. */
@@ -116,6 +117,8 @@ int cuda__add(struct ops *o, struct tensor y, struct tensor x);
 int cuda__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias);
 int cuda__rope(struct ops *o, struct tensor x, const int32_t *position, const float *inverse_frequency, float scale);
 int cuda__swiglu(struct ops *o, struct tensor y, struct tensor gate_up);
+int cuda__linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                        const float *bias);
 int cuda__activate(struct ops *o, struct tensor x, enum activation kind);
 int cuda__attention_vision(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                            int n_images, float scale);
@@ -130,10 +133,14 @@ int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *
 int cuda__kv_reset(struct ops *o, const struct kv_view *kv);
 int cuda__kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
                     struct tensor v, const struct seq_batch *batch);
+int cuda__rope_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                      struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                      float scale, const struct seq_batch *batch);
 int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                   int keep_stride, const int32_t *n_keep);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
-int cuda__select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window);
+int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                     const int *window);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

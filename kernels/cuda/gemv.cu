@@ -54,14 +54,37 @@ __device__ static void multiply_add(float *sum, const uint4 *low, const uint4 *h
     }
 }
 
-template <typename T, typename Out>
+__device__ static float total_of(const float (*part)[GEMV_ROWS * GEMV_MOST], int i)
+{
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < GEMV_WARPS; w++) total += part[w][i];
+    return total;
+}
+
+/* silu(gate) * up of the block's 8 pairs; both rounded first, as when they are stored between the two ops. */
+template <typename T>
+__device__ static void write_gated(const struct gemv_arguments &a, const float (*part)[GEMV_ROWS * GEMV_MOST])
+{
+    const int m = (int)threadIdx.x / 8, i = (int)threadIdx.x % 8, n = (int)blockIdx.x * 8 + i;
+    if (m >= a.n_rows || n >= a.n_out) return;
+    float gate = total_of(part, m * GEMV_ROWS + i), up = total_of(part, m * GEMV_ROWS + i + 8);
+    if (a.bias) gate += a.bias[n], up += a.bias[a.n_out + n];
+    gate = to_float(from_float<T>(gate));
+    up = to_float(from_float<T>(up));
+    ((T *)a.y)[m * a.y_stride + n] = from_float<T>(gate / (1 + __expf(-gate)) * up);
+}
+
+/* With `gated` a block takes 8 rows of the gate and the same 8 of the upper half, and writes silu(gate) * up: n_out is
+ * the number of gates. */
+template <typename T, typename Out, bool gated>
 __global__ static void __launch_bounds__(GEMV_WARPS * 32, 3) gemv_kernel(struct gemv_arguments a)
 {
     __shared__ float part[GEMV_WARPS][GEMV_ROWS * GEMV_MOST];
     const int warp = (int)threadIdx.x / 32, thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
-    const int row = (int)blockIdx.x * GEMV_ROWS + r;
+    const int row = (int)blockIdx.x * (gated ? GEMV_ROWS / 2 : GEMV_ROWS) + r, high_row = row + (gated ? a.n_out : 8);
     const T *w_low = row < a.n_out ? (const T *)a.w + row * a.w_stride : NULL;
-    const T *w_high = row + 8 < a.n_out ? (const T *)a.w + (row + 8) * a.w_stride : NULL;
+    const T *w_high = high_row < (gated ? 2 : 1) * a.n_out && w_low ? (const T *)a.w + high_row * a.w_stride : NULL;
     const T *x = r < a.n_rows ? (const T *)a.x + r * a.x_stride : NULL;
     const int step = GEMV_WARPS * GEMV_COLUMNS;
     int k = warp * GEMV_COLUMNS;
@@ -84,11 +107,13 @@ __global__ static void __launch_bounds__(GEMV_WARPS * 32, 3) gemv_kernel(struct 
     part[warp][(2 * t) * GEMV_ROWS + r + 8] = sum[2];
     part[warp][(2 * t + 1) * GEMV_ROWS + r + 8] = sum[3];
     __syncthreads();
+    if (gated) {
+        write_gated<T>(a, part);
+        return;
+    }
     const int m = (int)threadIdx.x / GEMV_ROWS, n = (int)blockIdx.x * GEMV_ROWS + (int)threadIdx.x % GEMV_ROWS;
     if (m >= a.n_rows || n >= a.n_out) return;
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < GEMV_WARPS; i++) total += part[i][threadIdx.x];
+    const float total = total_of(part, (int)threadIdx.x);
     ((Out *)a.y)[m * a.y_stride + n] = from_float<Out>(a.bias ? total + a.bias[n] : total);
 }
 
@@ -109,8 +134,20 @@ int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w,
     a.n_out = (int)w.dim[0], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
     const dim3 grid((unsigned)(a.n_out + GEMV_ROWS - 1) / GEMV_ROWS), block(GEMV_WARPS * 32);
     if (y.dtype == DTYPE_F32)
-        WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv", gemv_kernel<T, float>, grid, block, 0, a));
-    WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv", gemv_kernel<T, T>, grid, block, 0, a));
+        WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv", gemv_kernel<T, float, false>, grid, block, 0, a));
+    WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv", gemv_kernel<T, T, false>, grid, block, 0, a));
+}
+
+int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
+{
+    struct gemv_arguments a = {};
+    a.w = w.data, a.w_stride = w.stride[0];
+    a.x = x.data, a.x_stride = x.stride[0];
+    a.y = y.data, a.y_stride = y.stride[0];
+    a.bias = bias;
+    a.n_out = (int)y.dim[1], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
+    const dim3 grid((unsigned)(a.n_out + 7) / 8), block(GEMV_WARPS * 32);
+    WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv_swiglu", gemv_kernel<T, T, true>, grid, block, 0, a));
 }
 
 /* ---- any shape at all: a thread an element ---- */

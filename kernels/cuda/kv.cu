@@ -95,6 +95,79 @@ __global__ static void grow_kernel(struct kv_view kv, int lane_of_layer, int n_k
     if (threadIdx.x % WARP == 0) first[item] = at;
 }
 
+/* ---- the same with the turn of rotary embedding ---- */
+
+enum { TURN_WARPS = 8, TURN_HALF_MOST = 64 };
+
+struct turn_arguments {
+    struct kv_view kv;
+    void *q;
+    const void *k, *v;
+    int64_t q_stride, k_stride, v_stride;
+    int lane, n_heads, n_kv_heads, n_seqs;
+    const int32_t *position, *slot, *cu_seqlens, *first; /* first NULL: decode, lanes grow here */
+    const float *inverse_frequency;
+    float scale;
+};
+
+/* Turns a head's row, two dimensions and their partners a thread; `to` may be `from`. */
+template <typename T>
+__device__ static void turn_head(T *to, const T *from, int half, const float *cosine, const float *sine)
+{
+    for (int i = 2 * ((int)threadIdx.x % WARP); i < half; i += 2 * WARP) {
+        const float2 a = unpack2<T>(*(const uint32_t *)(from + i)),
+                     b = unpack2<T>(*(const uint32_t *)(from + half + i));
+        *(uint32_t *)(to + i) = pack2<T>(a.x * cosine[i] - b.x * sine[i], a.y * cosine[i + 1] - b.y * sine[i + 1]);
+        *(uint32_t *)(to + half + i) =
+            pack2<T>(b.x * cosine[i] + a.x * sine[i], b.y * cosine[i + 1] + a.y * sine[i + 1]);
+    }
+}
+
+__device__ static int sequence_of(const int32_t *cu_seqlens, int n_seqs, int row);
+
+/* Where a row's token stands in the lane of a KV head, which grows for it in decode; -1: nowhere. */
+__device__ static int place_of(const struct turn_arguments &a, int row, int head, int *lane)
+{
+    const int i = a.first ? sequence_of(a.cu_seqlens, a.n_seqs, row) : row, slot = a.slot[i];
+    if (slot < 0 || slot >= a.kv.n_slots) return -1;
+    *lane = cache_lane(a.kv, slot, a.lane + head);
+    if (!a.first) return grow_lane(a.kv, *lane, 1);
+    const int at = a.first[i * a.n_kv_heads + head];
+    return at < 0 ? -1 : at + row - a.cu_seqlens[i];
+}
+
+/* Grid: rows x shares of the heads; a warp a head. */
+template <typename T> __global__ static void __launch_bounds__(TURN_WARPS *WARP) turn_kernel(struct turn_arguments a)
+{
+    __shared__ float cosine[TURN_HALF_MOST], sine[TURN_HALF_MOST];
+    wait_for_predecessor();
+    let_successor_start();
+    const int row = (int)blockIdx.x, dim = a.kv.head_dim, half = dim / 2, thread = (int)threadIdx.x % WARP;
+    const float place = (float)a.position[row];
+    for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
+        float s, c;
+        sincosf(place * a.inverse_frequency[i], &s, &c);
+        cosine[i] = c * a.scale, sine[i] = s * a.scale;
+    }
+    __syncthreads();
+    for (int item = (int)(blockIdx.y * TURN_WARPS + threadIdx.x / WARP); item < a.n_kv_heads + a.n_heads;
+         item += (int)gridDim.y * TURN_WARPS) {
+        if (item >= a.n_kv_heads) {
+            T *q = (T *)a.q + row * a.q_stride + (int64_t)(item - a.n_kv_heads) * dim;
+            turn_head<T>(q, q, half, cosine, sine);
+            continue;
+        }
+        int lane = 0;
+        const int at = place_of(a, row, item, &lane);
+        if (at < 0) continue;
+        __syncwarp();
+        T *to = (T *)a.kv.pool.data + cache_key(a.kv, lane, at);
+        turn_head<T>(to, (const T *)a.k + row * a.k_stride + (int64_t)item * dim, half, cosine, sine);
+        const uint32_t *v = (const uint32_t *)((const T *)a.v + row * a.v_stride + (int64_t)item * dim);
+        for (int i = thread; i < half; i += WARP) ((uint32_t *)(to + (int64_t)a.kv.page_size * dim))[i] = v[i];
+    }
+}
+
 /* The sequence that a row belongs to. */
 __device__ static int sequence_of(const int32_t *cu_seqlens, int n_seqs, int row)
 {
@@ -155,6 +228,38 @@ int cuda__kv_append(struct ops *o, const struct kv_view *kv, const struct attent
                                   (const int32_t *)first));
 }
 
+int cuda__rope_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor q,
+                      struct tensor k, struct tensor v, const int32_t *position, const float *inverse_frequency,
+                      float scale, const struct seq_batch *batch)
+{
+    struct turn_arguments a = {};
+    struct arena arena;
+    if (kv->head_dim % 4 || kv->head_dim > 2 * TURN_HALF_MOST || (q.stride[0] | k.stride[0] | v.stride[0]) % 2)
+        FAIL(ERR_UNSUPPORTED,
+             "cuda: rotary embedding of heads of %d dimensions in rows of %lld, served are steps of 4 "
+             "up to %d",
+             kv->head_dim, (long long)q.stride[0], 2 * TURN_HALF_MOST);
+    a.kv = *kv;
+    a.q = q.data, a.k = k.data, a.v = v.data;
+    a.q_stride = q.stride[0], a.k_stride = k.stride[0], a.v_stride = v.stride[0];
+    a.lane = heads->lane, a.n_heads = heads->n_heads, a.n_kv_heads = heads->n_kv_heads, a.n_seqs = batch->n_seqs;
+    a.position = position, a.slot = batch->slot, a.cu_seqlens = batch->cu_seqlens;
+    a.inverse_frequency = inverse_frequency, a.scale = scale;
+    if (batch->cu_seqlens) {
+        const int items = batch->n_seqs * heads->n_kv_heads;
+        int32_t *first;
+        TRY(cuda__scratch(o, &arena));
+        TRY(arena_take(&arena, (size_t)items * sizeof *first, "op scratch", &first));
+        TRY(cuda__launch(o, "rope_append", grow_kernel, dim3((unsigned)(items + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
+                         dim3(LANES_A_BLOCK * WARP), 0, *kv, heads->lane, heads->n_kv_heads, batch->slot,
+                         batch->cu_seqlens, batch->n_seqs, first));
+        a.first = first;
+    }
+    const unsigned shares = (unsigned)(heads->n_heads + heads->n_kv_heads + TURN_WARPS - 1) / TURN_WARPS;
+    const dim3 grid((unsigned)batch->n_tokens, batch->n_tokens < 256 ? shares : 1);
+    WITH_TYPE(q.dtype, T, return cuda__launch(o, "rope_append", turn_kernel<T>, grid, dim3(TURN_WARPS * WARP), 0, a));
+}
+
 int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena)
 {
     int32_t *first;
@@ -165,7 +270,7 @@ int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, stru
 
 /* ---- pack and release ---- */
 
-enum { MOST_PACKED = 128, PACK_THREADS = 256, PACK_BYTES = 64 /* of a row that one block moves */ };
+enum { MOST_PACKED = 512, PACK_THREADS = 256, PACK_BYTES = 64 /* of a row that one block moves */ };
 
 /* How many entries each lane of a layer keeps; travels as a launch argument. */
 struct keep_counts {

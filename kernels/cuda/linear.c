@@ -184,6 +184,14 @@ static int multiply(struct ops *o, struct tensor y, struct tensor x, struct tens
     return bias ? cuda__add_bias(o, y, bias) : OK;
 }
 
+int cuda__linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, struct tensor x, struct tensor w,
+                        const float *bias)
+{
+    if (w.dtype == x.dtype && cuda__gemv_fits(cuda__of(o), y, x, w)) return cuda__gemv_swiglu(o, y, x, w, bias);
+    TRY(cuda__linear(o, gate_up, x, w, bias));
+    return cuda__swiglu(o, y, gate_up);
+}
+
 int cuda__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
 {
     if (w.dtype != x.dtype)

@@ -1,6 +1,22 @@
 /* The best k of a row, in ascending order of place: the k-th best key by radix selection, then one ordered pass. */
 #include "kernels/cuda/select.cuh"
 
+enum { MOST_ROWS = 256 /* of a launch: their numbers travel as an argument */ };
+
+struct select_rows {
+    int32_t k[MOST_ROWS], window[MOST_ROWS];
+};
+
+/* Adds 1 to count[digit] for each thread that takes part; threads of a warp with one digit, as the leading ones have,
+ * add together. */
+__device__ static void count_digit(int *count, int digit, bool takes_part)
+{
+    const unsigned part = __ballot_sync(~0u, takes_part);
+    if (!takes_part) return;
+    const unsigned same = __match_any_sync(part, digit);
+    if (__ffs((int)same) - 1 == (int)threadIdx.x % 32) atomicAdd(&count[digit], __popc(same));
+}
+
 /* The cut after the best k of n scores; whole block. */
 __device__ static struct cut cut_after(const float *score, int n, int k, int *count)
 {
@@ -10,9 +26,10 @@ __device__ static struct cut cut_after(const float *score, int n, int k, int *co
         for (int i = (int)threadIdx.x; i < SELECT_DIGITS; i += (int)blockDim.x) count[i] = 0;
         __syncthreads();
         const uint32_t prefix = cut.key;
-        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-            const uint32_t key = select_key(score[i]);
-            if ((uint64_t)(key ^ prefix) >> (shift + 8) == 0) atomicAdd(&count[key >> shift & 255], 1);
+        for (int first = 0; first < n; first += (int)blockDim.x) {
+            const int i = first + (int)threadIdx.x;
+            const uint32_t key = i < n ? select_key(score[i]) : 0;
+            count_digit(count, (int)(key >> shift & 255), i < n && (uint64_t)(key ^ prefix) >> (shift + 8) == 0);
         }
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -26,14 +43,15 @@ __device__ static struct cut cut_after(const float *score, int n, int k, int *co
 }
 
 __global__ static void __launch_bounds__(SELECT_THREADS)
-    select_top_kernel(int32_t *index, const float *score, int64_t stride, int n, int k, int window)
+    select_top_kernel(int32_t *index, int index_stride, const float *score, int64_t stride, int n,
+                      struct select_rows rows)
 {
     __shared__ int count[SELECT_DIGITS];
-    const int others = n - window, wanted = k - window;
+    const int window = rows.window[blockIdx.x], others = n - window, wanted = rows.k[blockIdx.x] - window;
     wait_for_predecessor();
     let_successor_start();
     score += blockIdx.x * stride;
-    index += (int64_t)blockIdx.x * k;
+    index += (int64_t)blockIdx.x * index_stride;
     if (wanted > 0) {
         const struct cut cut = cut_after(score, others, wanted, count);
         int64_t equal = 0;
@@ -54,8 +72,17 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
     for (int i = (int)threadIdx.x; i < window; i += (int)blockDim.x) index[wanted + i] = others + i;
 }
 
-int cuda__select_top(struct ops *o, int32_t *index, struct tensor score, int k, int window)
+int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
+                     const int *window)
 {
-    return cuda__launch(o, "select_top", select_top_kernel, dim3((unsigned)score.dim[0]), dim3(SELECT_THREADS), 0,
-                        index, (const float *)score.data, score.stride[0], (int)score.dim[1], k, window);
+    for (int64_t first = 0; first < score.dim[0]; first += MOST_ROWS) {
+        struct select_rows rows;
+        const int n = (int)(score.dim[0] - first < MOST_ROWS ? score.dim[0] - first : MOST_ROWS);
+        for (int i = 0; i < n; i++) rows.k[i] = k[first + i], rows.window[i] = window[first + i];
+        TRY(cuda__launch(o, "select_top", select_top_kernel, dim3((unsigned)n), dim3(SELECT_THREADS), 0,
+                         index + first * index_stride, index_stride,
+                         (const float *)score.data + first * score.stride[0], score.stride[0], (int)score.dim[1],
+                         rows));
+    }
+    return OK;
 }

@@ -10,23 +10,23 @@
 #include "kvcache/vl_cache.h"
 
 struct vl_cache {
-    float *score;         /* per layer [n_kv_heads, m] of every finishing prompt, device; see score_of */
-    int64_t *kept;        /* [n_layers, max heads] of the sequence at hand, device */
-    int32_t *index;       /* [max KV heads, max_context] the keep list of one layer, device */
-    int64_t *host_kept;   /* the same as kept, host */
-    int64_t *counts;      /* [n_layers] host */
-    int64_t *layer_first; /* [n_layers] KV heads of this rank in the layers before, host */
-    int max_heads, max_kv_heads, max_sequences;
+    float *score;              /* per layer [n_kv_heads, m] of every finishing prompt, device; see score_of */
+    int64_t *kept;             /* [n_layers, max heads] of the sequence at hand, device */
+    int32_t *index;            /* [lanes, max_context] the keep lists of one sequence, device */
+    int *lane_k, *lane_window; /* [lanes] host */
+    int64_t *host_kept;        /* the same as kept, host */
+    int64_t *counts;           /* [n_layers] host */
+    int64_t *layer_first;      /* [n_layers] KV heads of this rank in the layers before, host */
+    int max_heads, max_sequences;
     int64_t total_kv_heads;
 };
 
 static void find_sizes(const struct policy_env *env, struct vl_cache *vl)
 {
-    vl->max_heads = vl->max_kv_heads = 1;
+    vl->max_heads = 1;
     for (int l = 0; l < env->n_layers; l++) {
         const struct attention_heads *heads = &env->layers[l].heads;
         if (heads->n_heads > vl->max_heads) vl->max_heads = heads->n_heads;
-        if (heads->n_kv_heads > vl->max_kv_heads) vl->max_kv_heads = heads->n_kv_heads;
         vl->layer_first[l] = vl->total_kv_heads;
         vl->total_kv_heads += heads->n_kv_heads;
     }
@@ -45,12 +45,14 @@ static int vl_cache_open(struct policy *policy, struct arena *arena)
     find_sizes(env, vl);
     vl->max_sequences = env->kv->n_slots;
     vl->host_kept = calloc(layers * (size_t)vl->max_heads, sizeof *vl->host_kept);
-    if (!vl->host_kept) FAIL(ERR_NOMEM, "vl_cache: out of memory");
+    vl->lane_k = calloc((size_t)vl->total_kv_heads + 1, sizeof *vl->lane_k);
+    vl->lane_window = calloc((size_t)vl->total_kv_heads + 1, sizeof *vl->lane_window);
+    if (!vl->host_kept || !vl->lane_k || !vl->lane_window) FAIL(ERR_NOMEM, "vl_cache: out of memory");
     size_t scores = (size_t)vl->total_kv_heads * (size_t)env->max_prompt_tokens;
     size_t counts = (size_t)vl->max_sequences * layers * (size_t)vl->max_heads;
     TRY(arena_take(arena, scores * sizeof *vl->score, "policy state", &vl->score));
     TRY(arena_take(arena, counts * sizeof *vl->kept, "policy state", &vl->kept));
-    return arena_take(arena, (size_t)vl->max_kv_heads * (size_t)env->max_context * sizeof *vl->index, "policy state",
+    return arena_take(arena, (size_t)vl->total_kv_heads * (size_t)env->max_context * sizeof *vl->index, "policy state",
                       &vl->index);
 }
 
@@ -61,6 +63,8 @@ static void vl_cache_close(struct policy *policy)
     free(vl->layer_first);
     free(vl->counts);
     free(vl->host_kept);
+    free(vl->lane_k);
+    free(vl->lane_window);
     free(vl);
 }
 
@@ -113,16 +117,21 @@ static int vl_cache_prefill_end(struct policy *policy, const struct policy_seque
     return OK;
 }
 
-static int vl_cache_select(struct policy *policy, const struct policy_sequence *sequence, int layer, int k,
+static int vl_cache_select(struct policy *policy, const struct policy_sequence *sequence, const int *k,
                            struct policy_keep *out)
 {
     struct vl_cache *vl = policy->state;
-    int m = sequence->prompt_tokens, n_kv_heads = policy->env.layers[layer].heads.n_kv_heads;
+    const struct policy_env *env = &policy->env;
+    int m = sequence->prompt_tokens, lane = 0;
     double alpha = kv_budget_share(sequence->budget, m);
-    *out = (struct policy_keep){k, vl->index};
-    return ops_select_top(policy->env.ops, vl->index,
-                          tensor_2d(score_of(vl, sequence, layer), DTYPE_F32, n_kv_heads, m), k,
-                          vl_cache_window(&policy->config.vl_cache, k, m, alpha));
+    for (int l = 0; l < env->n_layers; l++)
+        for (int h = 0; h < env->layers[l].heads.n_kv_heads; h++, lane++) {
+            vl->lane_k[lane] = k[l];
+            vl->lane_window[lane] = vl_cache_window(&policy->config.vl_cache, k[l], m, alpha);
+        }
+    *out = (struct policy_keep){vl->index, m};
+    return ops_select_top(env->ops, vl->index, m, tensor_2d(score_of(vl, sequence, 0), DTYPE_F32, lane, m), vl->lane_k,
+                          vl->lane_window);
 }
 
 const struct policy_vt policy_vl_cache = {

@@ -216,11 +216,104 @@ static void test_shortage(void)
     cuda_end(f);
 }
 
+/* ---- turned and appended in one ---- */
+
+/* Keys are turned in float32 on both sides and rounded on one: all of them by relative L2. Values are exact. */
+static void check_turned(struct cuda_fixture *f, const struct cache *c)
+{
+    const struct kv_view host = cache_fetch(f, c);
+    const double tolerance = cuda_tolerance(f);
+    double wrong = 0, all = 0;
+    EXPECT(f, *host.error == 0 && fixture_pages_ok(&host));
+    for (int lane = 0; lane < host.n_slots * host.lanes_per_slot; lane++) {
+        if (host.lane_len[lane] != c->cpu.lane_len[lane]) {
+            cuda_wrong(f, "lane %d holds %d tokens, expected %d", lane, host.lane_len[lane], c->cpu.lane_len[lane]);
+            return;
+        }
+        for (int i = 0; i < host.lane_len[lane]; i++) {
+            const int64_t page = host.page_row[(int64_t)lane * host.max_pages + i / host.page_size];
+            const int64_t key = (page * 2 * host.page_size + i % host.page_size) * host.head_dim;
+            for (int d = 0; d < host.head_dim; d++) {
+                double got = (double)cuda_element(host.pool.data, f->dtype, key + d);
+                double want = (double)fixture_key(&c->cpu, lane, i)[d];
+                wrong += (got - want) * (got - want), all += want * want;
+                if (!(fabs(got - want) <= 3 * tolerance * (fabs(want) + 1)) ||
+                    cuda_element(host.pool.data, f->dtype, key + (int64_t)host.page_size * host.head_dim + d) !=
+                        fixture_value(&c->cpu, lane, i)[d]) {
+                    cuda_wrong(f, "token %d of lane %d, dimension %d: key %g, expected %g, or its value differs", i,
+                               lane, d, got, want);
+                    return;
+                }
+            }
+        }
+    }
+    EXPECT(f, sqrt(wrong) <= tolerance * sqrt(all));
+}
+
+/* The device may leave k, and q of rows that belong to no slot, as it likes: their values are taken over. */
+static void check_turned_rows(struct cuda_fixture *f, struct twin qkv, int q_columns, int k_columns,
+                              const struct batch *b)
+{
+    const void *raw = twin_fetch(f, qkv);
+    for (int i = 0; i < b->cpu.n_seqs; i++) {
+        const int first = b->cpu.cu_seqlens ? b->cpu.cu_seqlens[i] : i;
+        const int end = b->cpu.cu_seqlens ? b->cpu.cu_seqlens[i + 1] : i + 1;
+        for (int row = first; row < end; row++)
+            for (int j = b->cpu.slot[i] < 0 ? 0 : q_columns; j < q_columns + k_columns; j++)
+                fixture_row(qkv.cpu, row)[j] = cuda_element(raw, f->dtype, cuda_guard(f) + row * qkv.cpu.stride[0] + j);
+    }
+    twin_check(f, qkv, cuda_tolerance(f), "q, k, v");
+}
+
+static void compare_turned(struct cuda_fixture *f, int n_kv_heads, int group, int dim, int gap)
+{
+    enum { HERE = 4, ROUNDS = 4 };
+    const int n_heads = n_kv_heads * group, q_columns = n_heads * dim, k_columns = n_kv_heads * dim;
+    const struct attention_heads heads = {n_heads, n_kv_heads, dim, 1, 1};
+    struct cache c = cache_take(f, HERE, n_kv_heads + 1, 12, HERE * n_kv_heads * 12, 16, dim, STALE_LARGE);
+    struct pair turn = pair_floats(f, dim / 2, 0.2f, 0.3f);
+    for (int round = 0; round < ROUNDS; round++) { /* a prompt's chunks, then steps of decode */
+        const int32_t slot[HERE] = {2, round % 2 ? -1 : 0, 3, 1}, lengths[HERE] = {37, 1, 16, 15};
+        int32_t cu[HERE + 1] = {0}, position[128];
+        for (int i = 0; i < HERE; i++) cu[i + 1] = cu[i] + lengths[(i + round) % HERE];
+        struct batch b = batch_of(f, slot, round < 2 ? cu : NULL, HERE);
+        const int n = b.cpu.n_tokens;
+        for (int i = 0; i < n; i++) position[i] = fixture_int(f->cpu, 0, 8000);
+        struct pair at = pair_of(f, position, sizeof *position * (size_t)n);
+        struct twin qkv = twin_2d(f, n, q_columns + 2 * k_columns, gap, 1), q = twin_heads(qkv, 0, n_heads, dim);
+        struct twin k = twin_heads(qkv, q_columns, n_kv_heads, dim);
+        struct twin v = twin_heads(qkv, q_columns + k_columns, n_kv_heads, dim);
+        cuda_what(f, "rope_append of %d rows, %d/%d heads of %d, gap %d, round %d", n, n_heads, n_kv_heads, dim, gap,
+                  round);
+        if (round >= 2) RUN(f, ops_decode_begin(&f->gpu, &b.gpu, &c.gpu));
+        RUN(f, ops_rope_append(&f->gpu, &c.gpu, &heads, q.gpu, k.gpu, v.gpu, at.gpu, turn.gpu, 1.25f, &b.gpu));
+        RUN(f, ops_rope_append(&f->cpu->ops, &c.cpu, &heads, q.cpu, k.cpu, v.cpu, at.cpu, turn.cpu, 1.25f, &b.cpu));
+        check_turned_rows(f, qkv, q_columns, k_columns, &b);
+        check_turned(f, &c);
+    }
+    cuda_clear(f);
+}
+
+static void test_turned(void)
+{
+    static const int dims[] = {8, 16, 64, 72, 80, 96, 128}, groups[] = {1, 2, 3, 4, 7, 8, 16};
+    struct cuda_fixture *f = cuda_begin(6);
+    for (int i = 0; i < 7; i += f->effort == QUICK ? 3 : 1)
+        for (int j = 0; j < 3; j++)
+            if (f->effort == ALL || j == i % 3)
+                compare_turned(f, 1 + (i + j) % 3, groups[(i + 2 * j) % 7], dims[i], j * 8);
+    if (f->effort == ALL) compare_turned(f, 40, 1, 128, 0);
+    cuda_end(f);
+}
+
 int main(int argc, char **argv)
 {
-    const struct check_case cases[] = {
-        {"random append, pack, release", test_random}, {"many lanes at once", test_many_lanes},
-        {"long lanes packed", test_long_pack},         {"pool and lane exhausted", test_exhaustion},
-        {"too few pages for all", test_shortage},      {0}};
+    const struct check_case cases[] = {{"random append, pack, release", test_random},
+                                       {"many lanes at once", test_many_lanes},
+                                       {"long lanes packed", test_long_pack},
+                                       {"pool and lane exhausted", test_exhaustion},
+                                       {"too few pages for all", test_shortage},
+                                       {"turned and appended", test_turned},
+                                       {0}};
     return cuda_main("cuda_kv", cases, argc, argv);
 }

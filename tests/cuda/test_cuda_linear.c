@@ -90,9 +90,45 @@ static void test_rows_apart(void)
     cuda_end(f);
 }
 
+/* ---- with the gate ---- */
+
+static void compare_gated(struct cuda_fixture *f, int m, int features, int k, bool with_bias, int gap)
+{
+    struct twin w = twin_2d(f, 2 * features, k, 0, 1.5f / sqrtf((float)k)), x = twin_2d(f, m, k, gap, 1);
+    struct twin y = twin_2d(f, m, features, gap, 0), gate_up = twin_2d(f, m, 2 * features, gap / 2 * 2, 0);
+    struct pair bias = pair_floats(f, 2 * features, 1, 0);
+    cuda_what(f, "linear_swiglu %d rows, %d to 2 x %d%s, gap %d", m, k, features, with_bias ? ", bias" : "", gap);
+    RUN(f, ops_linear_swiglu(&f->gpu, y.gpu, gate_up.gpu, x.gpu, w.gpu, with_bias ? bias.gpu : NULL));
+    RUN(f, ops_linear_swiglu(&f->cpu->ops, y.cpu, gate_up.cpu, x.cpu, w.cpu, with_bias ? bias.cpu : NULL));
+    twin_check(f, y, cuda_tolerance(f), "y");
+    twin_check_poison(f, gate_up, twin_fetch(f, gate_up), "gate_up");
+    cuda_clear(f);
+}
+
+static void test_gated(void)
+{
+    static const int shapes[][2] = {{1, 7}, {7, 64}, {8, 72}, {100, 576}, {1536, 576}, {1000, 100}, {4304, 1152}};
+    static const int rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 300};
+    struct cuda_fixture *f = cuda_begin(4);
+    for (int i = 0; i < (f->effort == QUICK ? 4 : 7); i++)
+        for (int j = 0; j < 12; j++) {
+            if (f->effort == QUICK && (i + j) % 4) continue;
+            if (f->effort == SOME && (i + j) % 2) continue;
+            compare_gated(f, rows[j], shapes[i][0], shapes[i][1], (i + j) % 3 == 0, (i + j) % 4 * 8);
+        }
+    if (f->effort == ALL) {
+        compare_gated(f, 1, 14336, 4096, false, 0);
+        compare_gated(f, 4, 13824, 5120, false, 0);
+    }
+    cuda_end(f);
+}
+
 int main(int argc, char **argv)
 {
-    const struct check_case cases[] = {
-        {"odd shapes", test_odd}, {"shapes of models", test_models}, {"rows apart", test_rows_apart}, {0}};
+    const struct check_case cases[] = {{"odd shapes", test_odd},
+                                       {"shapes of models", test_models},
+                                       {"rows apart", test_rows_apart},
+                                       {"with the gate", test_gated},
+                                       {0}};
     return cuda_main("cuda_linear", cases, argc, argv);
 }

@@ -122,9 +122,27 @@ static void compare_select(struct cuda_fixture *f, int rows, int n, int k, int w
         }
     twin_send(f, score, true);
     cuda_what(f, "select %d of %d, window %d, %d rows, %d levels", k, n, window, rows, levels);
-    RUN(f, ops_select_top(&f->gpu, index.gpu, score.gpu, k, window));
-    RUN(f, ops_select_top(&f->cpu->ops, index.cpu, score.cpu, k, window));
+    RUN(f, fixture_select(&f->gpu, index.gpu, score.gpu, k, window));
+    RUN(f, fixture_select(&f->cpu->ops, index.cpu, score.cpu, k, window));
     pair_check(f, index, "index");
+}
+
+/* Each row with a k and a window of its own, into rows wider than any; what stands behind them stays. */
+static void compare_select_rows(struct cuda_fixture *f, int rows, int n)
+{
+    const int stride = n + 3;
+    int *k = fixture_take(f->cpu, sizeof *k * (size_t)rows), *window = fixture_take(f->cpu, sizeof *k * (size_t)rows);
+    struct twin score = twin_make(f, DTYPE_F32, rows, n, -1, 0, 1);
+    struct pair index = pair_of(f, NULL, sizeof(int32_t) * (size_t)(rows * stride));
+    for (int i = 0; i < rows; i++) {
+        k[i] = i % 5 == 3 ? 0 : fixture_int(f->cpu, 0, n);
+        window[i] = fixture_int(f->cpu, 0, k[i]);
+    }
+    cuda_what(f, "select of %d rows of %d, each its own number", rows, n);
+    RUN(f, ops_select_top(&f->gpu, index.gpu, stride, score.gpu, k, window));
+    RUN(f, ops_select_top(&f->cpu->ops, index.cpu, stride, score.cpu, k, window));
+    pair_check(f, index, "index");
+    cuda_clear(f);
 }
 
 static void test_select(void)
@@ -135,6 +153,8 @@ static void test_select(void)
         compare_select(f, fixture_int(f->cpu, 1, 4), n, k, fixture_int(f->cpu, 0, k), i % 4, i % 3);
         cuda_clear(f);
     }
+    compare_select_rows(f, 7, 100);
+    if (f->effort > QUICK) compare_select_rows(f, 600, 700);
     compare_select(f, 3, 600, 600, 0, 2, 0);
     compare_select(f, 3, 600, 60, 60, 2, 0);
     if (f->effort > QUICK) {
@@ -149,8 +169,8 @@ static void test_select(void)
     struct pair score = pair_of(f, odd, sizeof odd);
     for (int k = 1; k <= 7; k += 2) {
         cuda_what(f, "select %d of odd scores", k);
-        RUN(f, ops_select_top(&f->gpu, index.gpu, tensor_2d(score.gpu, DTYPE_F32, 1, 10), k, k / 3));
-        RUN(f, ops_select_top(&f->cpu->ops, index.cpu, tensor_2d(score.cpu, DTYPE_F32, 1, 10), k, k / 3));
+        RUN(f, fixture_select(&f->gpu, index.gpu, tensor_2d(score.gpu, DTYPE_F32, 1, 10), k, k / 3));
+        RUN(f, fixture_select(&f->cpu->ops, index.cpu, tensor_2d(score.cpu, DTYPE_F32, 1, 10), k, k / 3));
         pair_check(f, index, "index");
     }
     cuda_end(f);

@@ -155,15 +155,18 @@ static void check_selection(struct bench *b, const cJSON *budget)
 {
     const cJSON *k = vectors_get(budget, "k"), *window = vectors_get(budget, "window"),
                 *layers = vectors_get(budget, "layers");
+    struct policy_keep keep;
+    int *ks = fixture_take(b->f, (size_t)b->L * sizeof *ks);
+    size_t lane = 0;
+    for (int l = 0; l < b->L; l++) ks[l] = cJSON_GetArrayItem(k, l)->valueint;
+    CHECK_OK(b->policy.vt->select(&b->policy, &b->sequence, ks, &keep));
     for (int l = 0; l < b->L; l++) {
-        struct policy_keep keep;
-        int tokens = cJSON_GetArrayItem(k, l)->valueint;
+        int tokens = ks[l];
         CHECK(vl_cache_window(&b->policy.config.vl_cache, tokens, b->m, b->sequence.budget.share) ==
               cJSON_GetArrayItem(window, l)->valueint);
-        CHECK_OK(b->policy.vt->select(&b->policy, &b->sequence, l, tokens, &keep));
-        for (int h = 0; h < b->shards[l].kv_count; h++) {
+        for (int h = 0; h < b->shards[l].kv_count; h++, lane++) {
             const cJSON *want = cJSON_GetArrayItem(cJSON_GetArrayItem(layers, l), b->shards[l].kv_first + h);
-            CHECK(vectors_kept_ok(want, keep.index + (size_t)h * (size_t)keep.k, keep.k, b->m));
+            CHECK(vectors_kept_ok(want, keep.index + lane * (size_t)keep.stride, tokens, b->m));
         }
     }
 }
@@ -264,11 +267,13 @@ static void test_worked_example(void)
     open_policy(&b, "largest_remainder", 0.4);
     observe(&b, 7, 3);
     CHECK_OK(b.policy.vt->prefill_end(&b.policy, &b.sequence, k));
-    for (int l = 0; l < 3; l++) {
-        struct policy_keep keep;
+    struct policy_keep keep;
+    size_t lane = 0;
+    CHECK_OK(b.policy.vt->select(&b.policy, &b.sequence, k, &keep));
+    for (int l = 0; l < 3; l++, lane += (size_t)b.shards[l - 1].kv_count) {
         CHECK(k[l] == want_k[l]);
-        CHECK_OK(b.policy.vt->select(&b.policy, &b.sequence, l, k[l], &keep));
-        for (int i = 0; i < k[l]; i++) CHECK(keep.index[i] == sets[l][i]);
+        for (int i = 0; i < k[l] && b.shards[l].kv_count; i++)
+            CHECK(keep.index[lane * (size_t)keep.stride + (size_t)i] == sets[l][i]);
     }
     bench_close(&b);
     cJSON_Delete(inputs);

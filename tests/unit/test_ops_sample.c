@@ -278,7 +278,7 @@ static void compare_select(struct fixture *f, int rows, int n, int k, int window
             int level = fixture_int(f, -levels, levels);
             fixture_row(score, i)[j] = level ? (float)level : j % 2 ? -0.0f : 0.0f;
         }
-    CHECK_OK(ops_select_top(&f->ops, index, score, k, window));
+    CHECK_OK(fixture_select(&f->ops, index, score, k, window));
     for (int i = 0; i < rows; i++) {
         const float *s = fixture_row(score, i);
         int wrong = 0, count = 0;
@@ -302,10 +302,10 @@ static void test_select(void)
     compare_select(f, 3, 600, 600, 0, 2);
     struct tensor score = fixture_2d(f, 1, 5, 0);
     int32_t index[5];
-    CHECK_FAILS(ops_select_top(&f->ops, index, score, 6, 0), ERR_ARG, "k 6 of 5 scores");
-    CHECK_FAILS(ops_select_top(&f->ops, index, score, 2, 3), ERR_ARG, "window 3");
+    CHECK_FAILS(fixture_select(&f->ops, index, score, 6, 0), ERR_ARG, "k 6 of 5 scores");
+    CHECK_FAILS(fixture_select(&f->ops, index, score, 2, 3), ERR_ARG, "window 3");
     memcpy(score.data, (float[]){NAN, -INFINITY, 1, INFINITY, NAN}, 5 * sizeof(float));
-    CHECK_OK(ops_select_top(&f->ops, index, score, 3, 0));
+    CHECK_OK(fixture_select(&f->ops, index, score, 3, 0));
     CHECK(index[0] == 1 && index[1] == 2 && index[2] == 3);
     fixture_close(f);
 }
