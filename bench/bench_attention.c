@@ -27,7 +27,7 @@ struct attention {
     struct tensor column_sum;
     int64_t *kept;
     int32_t *index, *host_len, *host_page_row, *host_free;
-    int n_layers, budget, n_keep[64];
+    int n_layers, budget, n_keep[MOST_LANES];
 };
 
 static int pages_of(int tokens) { return (tokens + PAGE - 1) / PAGE; }
@@ -176,7 +176,7 @@ static int vision_layer(void *arg)
 
 static void bench_vision(struct bench *b, int n_images, int tokens, int heads, int dim)
 {
-    char name[80];
+    char name[128];
     const int64_t n = (int64_t)n_images * tokens, width = (int64_t)heads * dim;
     struct ops_limits limits = {.max_tokens = (int)n, .max_seqs = n_images, .max_heads = heads, .head_dim = dim};
     limits.max_context = limits.max_in_features = limits.vocab_size = 1024, limits.max_lanes = heads;
@@ -203,7 +203,7 @@ void bench_prefill(struct bench *b)
                                                     {32, 512, 32, 8, false},  {1, 2880, 40, 40, false},
                                                     {1, 8192, 40, 40, false}, {32, 512, 40, 40, false}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        char name[80];
+        char name[128];
         const struct attention_shape s = shapes[i];
         const double bytes = 4.0 * s.n_seqs * s.length * (s.n_heads + s.n_kv_heads) * HEAD_DIM;
         struct attention a = take_attention(b, s, s.length, (int)(1 + BENCH_BEYOND_CACHE / 2 / bytes), 0);
@@ -225,7 +225,7 @@ void bench_decode(struct bench *b)
         {64, 2048, 32, 8, false}, {1, 32768, 32, 8, false}, {1, 131072, 32, 8, false}, {32, 2048, 40, 40, false},
         {64, 205, 32, 8, false},  {64, 205, 32, 8, true},   {1, 2048, 32, 8, false},   {1, 576, 40, 40, false}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        char name[80];
+        char name[128];
         const struct attention_shape s = shapes[i];
         struct attention a = take_attention(b, s, 1, 0, 1);
         struct seq_batch batch = {.n_seqs = s.n_seqs, .n_tokens = s.n_seqs, .slot = a.batch.slot};
@@ -321,7 +321,7 @@ static void take_sampling(struct bench *b, struct small *s, int vocab, const str
 
 static void report_small(struct bench *b, struct small *s, int kind, const char *what, double per, double without)
 {
-    char name[80];
+    char name[128];
     s->kind = kind;
     double took = bench_time(b, run_small, s, true) / per - without;
     snprintf(name, sizeof name, "%s, %d rows", what, s->rows);
@@ -406,16 +406,13 @@ static int select_layers(void *arg)
 static int pack_layers(void *arg)
 {
     const struct attention *a = arg;
-    const int n = a->heads.n_kv_heads;
-    for (int i = 0; i < a->n_layers; i++)
-        TRY(ops_kv_pack(&a->b->ops, &a->kv, 0, i * n, n, a->index + (int64_t)i * n * a->budget, a->budget, a->n_keep));
-    return OK;
+    return ops_kv_pack(&a->b->ops, &a->kv, 0, 0, a->n_layers * a->heads.n_kv_heads, a->index, a->budget, a->n_keep);
 }
 
 static void bench_vl_shape(struct bench *b, int n_heads, int n_kv_heads, int n_layers)
 {
     enum { ROWS = 50, TOKENS = 2880 };
-    char name[80];
+    char name[128];
     double took[GROUPS];
     struct attention a =
         take_attention(b, (struct attention_shape){1, TOKENS, n_heads, n_kv_heads, false}, ROWS, n_layers, 0);
@@ -424,7 +421,7 @@ static void bench_vl_shape(struct bench *b, int n_heads, int n_kv_heads, int n_l
     a.column_sum = bench_random(b, DTYPE_F32, lanes, TOKENS, 1);
     a.kept = bench_take(b, (size_t)(n_layers * n_heads) * sizeof *a.kept);
     a.index = bench_take(b, (size_t)lanes * (size_t)a.budget * sizeof *a.index);
-    for (int i = 0; i < n_kv_heads; i++) a.n_keep[i] = a.budget;
+    for (int i = 0; i < lanes; i++) a.n_keep[i] = a.budget;
     snprintf(name, sizeof name, "probe of %d rows, %d tokens, %d/%d heads", ROWS, TOKENS, n_heads, n_kv_heads);
     bench_report(b, "vl", name, "us", bench_time(b, probe_layers, &a, false) / n_layers * 1e6, NULL);
     snprintf(name, sizeof name, "select %d of %d, %d of %d rows", a.budget, TOKENS, n_kv_heads, n_kv_heads * n_layers);
@@ -435,7 +432,8 @@ static void bench_vl_shape(struct bench *b, int n_heads, int n_kv_heads, int n_l
         took[i] = bench_time_runs(b, pack_layers, &a, false, 1) / n_layers;
     }
     qsort(took, GROUPS, sizeof took[0], bench_by_size);
-    snprintf(name, sizeof name, "pack of %d lanes from %d to %d tokens", n_kv_heads, TOKENS, a.budget);
+    snprintf(name, sizeof name, "pack of %d of %d lanes, %d to %d tokens", n_kv_heads, n_kv_heads * n_layers, TOKENS,
+             a.budget);
     bench_report(b, "vl", name, "us", took[GROUPS / 2] * 1e6, NULL);
     close_attention(&a);
 }

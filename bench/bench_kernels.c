@@ -172,7 +172,7 @@ static double chain_weights(const struct chain *c)
 static void report_chain(struct chain *c, bool graph)
 {
     static const char *const parts[] = {"qkv", "o", "gate_up", "down"};
-    char name[80];
+    char name[128];
     double took = bench_time(c->b, run_chain, c, graph) / c->model->n_layers, weights = chain_weights(c);
     double gbs = 2 * weights / took * 1e-9, tflops = 2 * weights * c->m / took * 1e-12;
     snprintf(name, sizeof name, "%s, %d rows%s%s%s", c->model->name, c->m, c->only < 0 ? "" : ", ",

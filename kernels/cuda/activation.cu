@@ -6,8 +6,8 @@ enum { ELEMENT_THREADS = 256 };
 template <typename T>
 __global__ static void add_kernel(T *y, int64_t y_stride, const T *x, int64_t x_stride, int64_t x_rows, int n)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     y += blockIdx.x * y_stride;
     x += (blockIdx.x % x_rows) * x_stride;
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) y[i] = from_float<T>(to_float(y[i]) + to_float(x[i]));
@@ -27,8 +27,8 @@ template <typename T>
 __global__ static void __launch_bounds__(ELEMENT_THREADS)
     swiglu_kernel(T *y, int64_t y_stride, const T *gate_up, int64_t x_stride, int n, bool pieces)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     y += blockIdx.y * y_stride;
     const T *gate = gate_up + blockIdx.y * x_stride, *up = gate + n;
     const int step = (int)(gridDim.x * blockDim.x);
@@ -71,8 +71,8 @@ __device__ static float activated(float x, int kind)
 
 template <typename T> __global__ static void activate_kernel(T *x, int64_t stride, int n, int kind)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     x += blockIdx.x * stride;
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) x[i] = from_float<T>(activated(to_float(x[i]), kind));
 }
@@ -87,8 +87,8 @@ int cuda__activate(struct ops *o, struct tensor x, enum activation kind)
 /* A bias that no matrix product added: y += bias, y of either float. */
 template <typename T> __global__ static void add_bias_kernel(T *y, int64_t stride, const float *bias, int n)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     y += blockIdx.x * stride;
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) y[i] = from_float<T>(to_float(y[i]) + bias[i]);
 }

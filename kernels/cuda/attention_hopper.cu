@@ -419,8 +419,8 @@ __global__ void __launch_bounds__(THREADS, 1) attention_hopper_kernel(const __gr
         }
         barriers_ready();
     }
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     __syncthreads();
     if (threadIdx.x < GROUP) {
         registers_release<PRODUCER_REGISTERS>();

@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(WARPS * 32, DIM > 64 ? 2 : 3)
     uint32_t q[DIM / 16][4];
     float score[KEYS / 8][4], output[DIM / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     struct task t;
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     if (!find_task(a, &t)) return;
     const int64_t column = a.is_prompt ? 0 : t.kv_head * a.head_dim;
     const T *k = (const T *)a.k + column, *v = (const T *)a.v + column;

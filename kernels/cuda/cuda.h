@@ -34,7 +34,7 @@ struct cuda {
     void *scratch;
     size_t scratch_first, scratch_bytes; /* where the part that every call lays out anew begins; the whole */
     struct ops_limits limits;            /* of ops_reserve */
-    int32_t *work_item;  /* [max_lanes, work_capacity] decode attention: (sequence, split) of each piece of a lane */
+    int32_t *work_item;  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
     int32_t *work_count; /* [max_lanes] pieces of each lane */
     int work_capacity, split_tokens;
     void *workspace;  /* of cuBLASLt */

@@ -72,7 +72,7 @@ template <>
 __device__ inline void mma_16816<bfloat>(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -81,7 +81,7 @@ template <>
 __device__ inline void mma_16816<__half>(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -124,7 +124,8 @@ __device__ static inline float block_sum(float x)
  * Launched with cuda__launch a kernel may begin while its predecessor still runs. Before it touches anything that an
  * earlier kernel writes, and before it writes anything that an earlier kernel reads, every thread calls
  * wait_for_predecessor; a kernel that never calls it would let its successors overtake, so all do.
- * let_successor_start lets the next kernel's blocks in as room appears. */
+ * let_successor_start lets the next kernel's blocks in as room appears; it comes first, so that a linear behind a small
+ * kernel may fetch its first weights while the one before both still drains. */
 __device__ static inline void wait_for_predecessor(void)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

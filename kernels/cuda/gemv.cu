@@ -91,8 +91,8 @@ __global__ static void __launch_bounds__(GEMV_WARPS * 32, 3) gemv_kernel(struct 
     float sum[4] = {0, 0, 0, 0};
     uint4 low[GEMV_CHUNKS], high[GEMV_CHUNKS];
     load_weights<T>(low, high, a, w_low, w_high, k);
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     while (k < a.n_in) {
         uint4 next_low[GEMV_CHUNKS], next_high[GEMV_CHUNKS];
         load_weights<T>(next_low, next_high, a, w_low, w_high, k + step);
@@ -154,8 +154,8 @@ int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct te
 
 template <typename T, typename Out> __global__ static void plain_kernel(struct gemv_arguments a)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int n = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (n >= a.n_out) return;
     const T *w = (const T *)a.w + n * a.w_stride;

@@ -61,8 +61,8 @@ __global__ static void append_one_kernel(struct kv_view kv, int lane_of_layer, i
                                          int64_t k_stride, const T *v, int64_t v_stride, const int32_t *slot,
                                          int n_seqs)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int item = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP, thread = (int)threadIdx.x % WARP;
     const int row = item / n_kv_heads, head = item % n_kv_heads, dim = kv.head_dim;
     if (row >= n_seqs || slot[row] < 0 || slot[row] >= kv.n_slots) return;
@@ -83,8 +83,8 @@ __global__ static void append_one_kernel(struct kv_view kv, int lane_of_layer, i
 __global__ static void grow_kernel(struct kv_view kv, int lane_of_layer, int n_kv_heads, const int32_t *slot,
                                    const int32_t *cu_seqlens, int n_seqs, int32_t *first)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int item = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
     const int i = item / n_kv_heads, head = item % n_kv_heads;
     if (i >= n_seqs) return;
@@ -140,8 +140,8 @@ __device__ static int place_of(const struct turn_arguments &a, int row, int head
 template <typename T> __global__ static void __launch_bounds__(TURN_WARPS *WARP) turn_kernel(struct turn_arguments a)
 {
     __shared__ float cosine[TURN_HALF_MOST], sine[TURN_HALF_MOST];
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int row = (int)blockIdx.x, dim = a.kv.head_dim, half = dim / 2, thread = (int)threadIdx.x % WARP;
     const float place = (float)a.position[row];
     for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
@@ -187,8 +187,8 @@ __global__ static void write_rows_kernel(struct kv_view kv, int lane_of_layer, i
                                          int64_t k_stride, const T *v, int64_t v_stride, const int32_t *slot,
                                          const int32_t *cu_seqlens, int n_seqs, const int32_t *first)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int row = (int)blockIdx.x, i = sequence_of(cu_seqlens, n_seqs, row), dim = kv.head_dim;
     const int words = dim / 2, page_words = kv.page_size * dim / 2;
     const uint32_t *from_k = (const uint32_t *)(k + row * k_stride), *from_v = (const uint32_t *)(v + row * v_stride);
@@ -270,48 +270,66 @@ int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, stru
 
 /* ---- pack and release ---- */
 
-enum { MOST_PACKED = 512, PACK_THREADS = 256, PACK_BYTES = 64 /* of a row that one block moves */ };
+enum {
+    MOST_PACKED = 896, /* lanes of a launch: launch arguments end at 4 KiB */
+    PACK_THREADS = 256,
+    PACK_ROW = 16, /* threads for an entry's piece of 16 words */
+    PACK_STEP = PACK_THREADS / PACK_ROW,
+    PACK_HELD = 8, /* words in a thread's registers */
+    PACK_ENTRIES = PACK_STEP * PACK_HELD
+};
 
 /* How many entries each lane of a layer keeps; travels as a launch argument. */
 struct keep_counts {
     int32_t n[MOST_PACKED];
 };
 
-/* Moves kept entries left, a block for each lane, half (K, V) and column slice. Entries are ascending, so a round's
- * targets lie below the sources of all later rounds; within a round everything is read before anything is written. */
+/* Where a lane's entry stands: its row in the pool. */
+__device__ static int64_t row_of(const struct kv_view &kv, int lane, int entry)
+{
+    const int64_t page = kv.page_row[(int64_t)lane * kv.max_pages + entry / kv.page_size];
+    return page * 2 * kv.page_size + entry % kv.page_size;
+}
+
+/* Moves kept entries left, a block for each lane, half (K, V) and slice of a row. Entries are ascending, so a round's
+ * targets lie below the sources of all later rounds; within a round everything is read before anything is written.
+ * Half of the threads look up where the next round's entries stand, half where they go, while this round's arrive. */
+template <typename W>
 __global__ static void __launch_bounds__(PACK_THREADS)
     pack_kernel(struct kv_view kv, int first_lane, const int32_t *keep, int keep_stride, struct keep_counts counts,
                 int element)
 {
-    wait_for_predecessor();
+    __shared__ int64_t place[3][2][PACK_ENTRIES]; /* of the round before, this one, the next: sources, targets */
     let_successor_start();
+    wait_for_predecessor();
     const int lane = first_lane + (int)blockIdx.x, n = counts.n[blockIdx.x], length = kv.lane_len[lane];
-    const int row_bytes = kv.head_dim * element, slice = (int)blockIdx.z * PACK_BYTES;
-    const int words = (row_bytes - slice < PACK_BYTES ? row_bytes - slice : PACK_BYTES) / 4; /* of a row's slice */
-    const int threads_a_row = PACK_BYTES / 4, rows = PACK_THREADS / threads_a_row,
-              word = (int)threadIdx.x % threads_a_row;
-    const int64_t half = (int64_t)blockIdx.y * kv.page_size * kv.head_dim;
+    const int word = (int)(blockIdx.z * PACK_ROW + threadIdx.x % PACK_ROW), step = (int)threadIdx.x / PACK_ROW;
+    const int words = kv.head_dim * element / (int)sizeof(W), most = n < length ? n : length;
+    const int look = (int)threadIdx.x % PACK_ENTRIES, target = (int)threadIdx.x / PACK_ENTRIES;
+    W *const pool = (W *)kv.pool.data + (int64_t)blockIdx.y * kv.page_size * words + word;
+    int64_t looked = 0;
     keep += (int64_t)blockIdx.x * keep_stride;
-    for (int first = 0; first < n; first += rows * 4) {
-        uint32_t held[4];
+    for (int first = -PACK_ENTRIES, round = 2; first < most; first += PACK_ENTRIES) {
+        const int j = first + PACK_ENTRIES + look, next = round == 2 ? 0 : round + 1;
+        W held[PACK_HELD];
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int j = first + r * rows + (int)threadIdx.x / threads_a_row;
-            if (j >= n || length == 0 || word >= words) continue;
-            int entry = keep[j];
+        for (int i = 0; i < PACK_HELD; i++) {
+            const int at = i * PACK_STEP + step;
+            if (first >= 0 && first + at < most && word < words) held[i] = pool[place[round][0][at] * words];
+        }
+        if (j < most) {
+            int entry = target ? j : keep[j];
             entry = entry < j ? j : entry >= length ? length - 1 : entry; /* stay inside the lane whatever is given */
-            const char *row = (const char *)kv.pool.data + (cache_key(kv, lane, entry) + half) * element + slice;
-            held[r] = ((const uint32_t *)row)[word];
+            looked = row_of(kv, lane, entry);
         }
+        place[next][target][look] = looked;
         __syncthreads();
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int j = first + r * rows + (int)threadIdx.x / threads_a_row;
-            if (j >= n || j >= length || word >= words) continue;
-            char *row = (char *)kv.pool.data + (cache_key(kv, lane, j) + half) * element + slice;
-            ((uint32_t *)row)[word] = held[r];
+        for (int i = 0; i < PACK_HELD; i++) {
+            const int at = i * PACK_STEP + step;
+            if (first >= 0 && first + at < most && word < words) pool[place[round][1][at] * words] = held[i];
         }
-        __syncthreads();
+        round = next;
     }
 }
 
@@ -335,25 +353,37 @@ __device__ static void shrink_lane(const struct kv_view &kv, int lane, int lengt
 __global__ static void shrink_kernel(struct kv_view kv, int first_lane, int n_lanes, struct keep_counts counts,
                                      bool to_nothing)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int i = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
     if (i < n_lanes) shrink_lane(kv, first_lane + i, to_nothing ? 0 : counts.n[i]);
+}
+
+template <typename W>
+static int launch_pack(struct ops *o, const struct kv_view *kv, int first_lane, int n_lanes, const int32_t *keep,
+                       int keep_stride, const struct keep_counts &counts)
+{
+    const int element = (int)dtype_size(kv->pool.dtype), words = kv->head_dim * element / (int)sizeof(W);
+    const dim3 grid((unsigned)n_lanes, 2, (unsigned)(words + PACK_ROW - 1) / PACK_ROW);
+    return cuda__launch(o, "kv_pack", pack_kernel<W>, grid, dim3(PACK_THREADS), 0, *kv, first_lane, keep, keep_stride,
+                        counts, element);
 }
 
 int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                   int keep_stride, const int32_t *n_keep)
 {
-    const int element = (int)dtype_size(kv->pool.dtype), first_lane = slot * kv->lanes_per_slot + lane;
-    const unsigned slices = (unsigned)((kv->head_dim * element + PACK_BYTES - 1) / PACK_BYTES);
+    const int row_bytes = kv->head_dim * (int)dtype_size(kv->pool.dtype);
+    const bool wide = row_bytes % 16 == 0 && (uint64_t)kv->pool.data % 16 == 0;
     for (int first = 0; first < n_lanes; first += MOST_PACKED) {
         struct keep_counts counts = {};
         const int n = n_lanes - first < MOST_PACKED ? n_lanes - first : MOST_PACKED;
+        const int first_lane = slot * kv->lanes_per_slot + lane + first;
+        const int32_t *entries = keep + (int64_t)first * keep_stride;
         for (int i = 0; i < n; i++) counts.n[i] = n_keep[first + i];
-        TRY(cuda__launch(o, "kv_pack", pack_kernel, dim3((unsigned)n, 2, slices), dim3(PACK_THREADS), 0, *kv,
-                         first_lane + first, keep + (int64_t)first * keep_stride, keep_stride, counts, element));
+        TRY(wide ? launch_pack<uint4>(o, kv, first_lane, n, entries, keep_stride, counts)
+                 : launch_pack<uint32_t>(o, kv, first_lane, n, entries, keep_stride, counts));
         TRY(cuda__launch(o, "kv_pack", shrink_kernel, dim3((unsigned)(n + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
-                         dim3(LANES_A_BLOCK * WARP), 0, *kv, first_lane + first, n, counts, false));
+                         dim3(LANES_A_BLOCK * WARP), 0, *kv, first_lane, n, counts, false));
     }
     return OK;
 }

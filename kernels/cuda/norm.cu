@@ -16,8 +16,8 @@ __global__ static void __launch_bounds__(NORM_THREADS)
                     const float *w, int n, float eps)
 {
     float value[NORM_PIECES][8], squares = 0;
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     x += blockIdx.x * x_stride;
     y += blockIdx.x * y_stride;
     if (residual) residual += blockIdx.x * residual_stride;
@@ -54,8 +54,8 @@ __global__ static void __launch_bounds__(NORM_THREADS)
                       const float *w, int n, float eps)
 {
     float squares = 0;
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     x += blockIdx.x * x_stride;
     y += blockIdx.x * y_stride;
     if (residual) residual += blockIdx.x * residual_stride;
@@ -100,8 +100,8 @@ __global__ static void __launch_bounds__(NORM_THREADS)
                       float eps)
 {
     float sum = 0, squares = 0;
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     x += blockIdx.x * x_stride;
     y += blockIdx.x * y_stride;
     for (int i = (int)threadIdx.x; i < n; i += NORM_THREADS) sum += to_float(x[i]);

@@ -179,7 +179,7 @@ static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct
     c->work_capacity = limits->max_seqs * ((limits->max_context + c->split_tokens - 1) / c->split_tokens + 1);
     c->n_counters = limits->max_seqs * limits->max_heads;
     size_t lanes = (size_t)limits->max_lanes;
-    TRY(arena_take(arena, lanes * (size_t)c->work_capacity * sizeof(int32_t), label, &c->work_item));
+    TRY(arena_take(arena, lanes * (size_t)c->work_capacity * 4 * sizeof(int32_t), label, &c->work_item));
     TRY(arena_take(arena, lanes * sizeof(int32_t), label, &c->work_count));
     TRY(arena_take(arena, CUDA_WORKSPACE_BYTES, label, &c->workspace));
     return arena_take(arena, (size_t)c->n_counters * sizeof(int32_t), label, &c->counter);

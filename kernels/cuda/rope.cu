@@ -6,8 +6,8 @@ template <typename T>
 __global__ static void rope_kernel(T *x, int64_t stride, int n_heads, int half, const int32_t *position,
                                    const float *inverse_frequency, float scale)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const float place = (float)position[blockIdx.x];
     x += blockIdx.x * stride;
     for (int i = (int)threadIdx.x; i < half; i += 32) {

@@ -24,8 +24,8 @@ __global__ static void move_rows(char *y, int64_t y_stride, int64_t y_rows, cons
                                  int64_t x_stride, int64_t x_rows, const int32_t *x_index, int first_row,
                                  int64_t row_bytes, bool zero_missing)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     int64_t to = y_index ? y_index[blockIdx.x] : (int64_t)blockIdx.x;
     int64_t from = (x_index ? x_index[blockIdx.x] : (int64_t)blockIdx.x) - first_row;
     bool missing = from < 0 || from >= x_rows;
@@ -62,8 +62,8 @@ int cuda__scatter_rows(struct ops *o, struct tensor y, const int32_t *index, str
 __global__ static void decode_inputs_kernel(int32_t *ids, int32_t *position, const int32_t *slot, int n,
                                             const int32_t *next_token, const int32_t *state_position, int n_slots)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n) return;
     int s = slot[i];
@@ -90,8 +90,8 @@ struct shard_columns {
 __global__ static void unshard_kernel(char *y, int64_t y_stride, const char *shards, int64_t rank_stride,
                                       int64_t row_stride, struct shard_columns columns, int element)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int r = (int)blockIdx.y;
     const int64_t row = blockIdx.x;
     move_row(y + row * y_stride + (int64_t)columns.first[r] * element, shards + r * rank_stride + row * row_stride,
@@ -120,8 +120,8 @@ template <typename T>
 __global__ static void image_patches_kernel(T *y, int64_t y_stride, const uint8_t *pixels, int image_size,
                                             int patch_size, struct pixel_scale p)
 {
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     const int side = image_size / patch_size, per_image = side * side, area = patch_size * patch_size;
     const int64_t row = blockIdx.x, image = row / per_image;
     const int patch_y = (int)(row % per_image) / side, patch_x = (int)(row % side);

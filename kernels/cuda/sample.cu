@@ -1,150 +1,130 @@
-/* Sampling: a block a row. Greedy rows are one pass; others turn logits into weights in place and cut their order
- * (falling weight, ties to the lower id) three times by radix selection: top_k by count, top_p and the draw by mass.
- * Masses are integers (weights times 2^40), so that sums do not depend on their order and all ranks draw the same. */
-#include "kernels/cuda/select.cuh"
+/* Sampling: a block a row. Greedy rows are one pass, with penalties folded in; others turn logits into weights and cut
+ * their order (sample_order.cuh) up to three times: top_k by count, top_p and the draw by mass. No sum depends on the
+ * order in which it is added up, so all ranks draw the same, wherever a row lies in memory. */
+#include "kernels/cuda/sample_order.cuh"
 
 #define LEAST_TEMPERATURE 1e-5f
-#define MASS_OF_ONE 1099511627776.0f /* 2^40 */
+
+enum { TOP_K, TOP_P, DRAW };
+enum { MOST_BEST = 256 /* candidates for the best log-probabilities */ };
 
 struct sampling_row {
-    float *logits; /* adjusted and turned into weights in place */
+    const float *logits;
+    float *adjusted; /* where changed logits and weights go: the logits' own place, unless these are asked for later */
+    const float *scored; /* logits after penalties: either of the two */
     const int32_t *token_count;
     int n;
 };
 
 /* Shared by the passes of one row. */
 struct sampling_block {
-    unsigned long long mass[SELECT_DIGITS];
-    int count[SELECT_DIGITS];
-    unsigned long long best; /* key of a value and, below it, the complement of its id */
-    struct cut cut;
-    unsigned long long total;
-    int chosen;
-    double sum[32];
+    struct order order;
+    unsigned long long candidate[MOST_BEST]; /* ranked() */
+    unsigned long long warp_best[32], warp_mass[32];
+    double log_sum;
 };
 
-__device__ static unsigned long long ranked(float value, int id)
+/* A key that ranks values and, among equals, the lower id higher; below 2^32 for what is not a number. */
+__device__ static inline unsigned long long ranked(float value, int id)
 {
     return (unsigned long long)select_key(value) << 32 | (uint32_t)~id;
 }
-__device__ static int ranked_id(unsigned long long key) { return (int)~(uint32_t)key; }
+__device__ static inline int ranked_id(unsigned long long key) { return (int)~(uint32_t)key; }
 
-/* The best of the values below `bound` in rank, 0 if none; whole block. */
+/* The greatest of all threads' keys, on all threads. */
+__device__ static unsigned long long block_best(struct sampling_block *b, unsigned long long key)
+{
+    for (int turn = 0; turn < 2; turn++) {
+#pragma unroll
+        for (int step = 16; step > 0; step >>= 1) {
+            const unsigned long long other = __shfl_xor_sync(~0u, key, step);
+            key = other > key ? other : key;
+        }
+        if (turn) break;
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) b->warp_best[threadIdx.x / 32] = key;
+        __syncthreads();
+        key = b->warp_best[threadIdx.x % 32];
+    }
+    return key;
+}
+
+/* The best of the values below `bound` in rank, 0 if none; the slow way. Whole block. */
 __device__ static unsigned long long best_below(struct sampling_block *b, const float *value, int n,
                                                 unsigned long long bound)
 {
     unsigned long long best = 0;
-    __syncthreads();
-    if (threadIdx.x == 0) b->best = 0;
-    __syncthreads();
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
         const unsigned long long key = ranked(value[i], i);
-        if (key < bound && key > best) best = key;
+        if (key >> 32 && key < bound && key > best) best = key;
     }
-    for (int step = 16; step > 0; step >>= 1) {
-        const unsigned long long other = __shfl_xor_sync(~0u, best, step);
-        best = other > best ? other : best;
-    }
-    if (threadIdx.x % 32 == 0) atomicMax(&b->best, best);
-    __syncthreads();
-    return b->best;
+    return block_best(b, best);
 }
 
-__device__ static void penalise(const struct sampling_row *row, const struct sampling_params *p)
+__device__ static float penalised(float x, int32_t seen, const struct sampling_params *p)
 {
-    if (p->repetition_penalty == 1 && p->frequency_penalty == 0 && p->presence_penalty == 0) return;
-    for (int i = (int)threadIdx.x; i < row->n; i += (int)blockDim.x) {
-        const int32_t seen = row->token_count[i], times = seen & TOKEN_COUNT_MASK;
-        float x = row->logits[i];
-        if (seen) x = x > 0 ? x / p->repetition_penalty : x * p->repetition_penalty;
-        if (times) x -= (float)times * p->frequency_penalty + p->presence_penalty;
-        row->logits[i] = x;
-    }
-    __syncthreads();
+    const int32_t times = seen & TOKEN_COUNT_MASK;
+    if (seen) x = x > 0 ? x / p->repetition_penalty : x * p->repetition_penalty;
+    if (times) x -= (float)times * p->frequency_penalty + p->presence_penalty;
+    return x;
 }
 
-/* Logits become weights relative to the best, those below min_p of it 0. */
-__device__ static void weigh(const struct sampling_row *row, const struct sampling_params *p, float best)
+/* The thread's best value over -infinity, the first of equals. */
+struct thread_best {
+    float value;
+    int id; /* -1: none */
+};
+__device__ static inline void keep_best(struct thread_best *best, const float *x, int i)
 {
-    const bool infinite = fabsf(best) == INFINITY;
-    for (int i = (int)threadIdx.x; i < row->n; i += (int)blockDim.x) {
-        const float x = row->logits[i];
-        float weight = infinite ? (float)(x == best) : expf((x - best) / p->temperature);
-        if (!(weight > 0) || weight < p->min_p) weight = 0;
-        row->logits[i] = weight;
-    }
-    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        if (x[c] > best->value) best->value = x[c], best->id = i + c;
+}
+__device__ static inline unsigned long long best_key(struct thread_best best)
+{
+    return best.id >= 0 ? ranked(best.value, best.id) : 0;
 }
 
-__device__ static unsigned long long mass_of(float weight) { return (unsigned long long)(weight * MASS_OF_ONE); }
-
-/* Cuts the weights' order where their count (by_mass false) or mass reaches `target`, at least one element. total: the
- * mass up to the cut. Whole block. */
-__device__ static void cut_weights(struct sampling_block *b, const struct sampling_row *row, bool by_mass,
-                                   unsigned long long target)
+/* Applies the penalties and returns the best, ranked; 0 where no logit is a number. Whole block. */
+__device__ static unsigned long long score(struct sampling_block *b, struct sampling_row *row,
+                                           const struct sampling_params *params)
 {
-    __syncthreads();
-    if (threadIdx.x == 0) b->cut.key = 0, b->cut.above = 0, b->total = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = (int)threadIdx.x; i < SELECT_DIGITS; i += (int)blockDim.x) b->count[i] = 0, b->mass[i] = 0;
-        __syncthreads();
-        const uint32_t prefix = b->cut.key;
-        for (int i = (int)threadIdx.x; i < row->n; i += (int)blockDim.x) {
-            const float weight = row->logits[i];
-            const uint32_t key = __float_as_uint(weight); /* not negative: bits rise with it */
-            if (!(weight > 0) || (uint64_t)(key ^ prefix) >> (shift + 8) != 0) continue;
-            atomicAdd(&b->count[key >> shift & 255], 1);
-            atomicAdd(&b->mass[key >> shift & 255], mass_of(weight));
+    const struct sampling_params p = *params;
+    struct thread_best mine = {-INFINITY, -1};
+    if (p.repetition_penalty == 1 && p.frequency_penalty == 0 && p.presence_penalty == 0) {
+        each_quad<false>(row->logits, NULL, row->n, [&](const float *x, int i) { keep_best(&mine, x, i); });
+    } else {
+        each_quad<true>(row->logits, row->adjusted, row->n, [&](float *x, int i) {
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                if (i + c >= 0 && i + c < row->n) x[c] = penalised(x[c], row->token_count[i + c], &p);
+            keep_best(&mine, x, i);
+        });
+        row->scored = row->adjusted;
+    }
+    const unsigned long long best = block_best(b, best_key(mine));
+    return best ? best : best_below(b, row->scored, row->n, ~0ull);
+}
+
+/* Logits become weights relative to the best, those below min_p of it 0, and go into the first digit's bins. */
+__device__ static struct bin weigh(struct order *o, const struct sampling_row *row, const struct sampling_params *p,
+                                   float best)
+{
+    const bool infinite = fabsf(best) == INFINITY, counted = p->top_k > 0;
+    const float least = fmaxf(p->min_p, LEAST_WEIGHT), factor = 1 / p->temperature;
+    clear_bins(o, FIRST_BINS);
+    each_quad<true>(row->scored, row->adjusted, row->n, [&](float *x, int i) {
+        (void)i;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float distance = infinite ? (x[c] == best ? 0 : -INFINITY) : x[c] - best;
+            const float weight = expf(distance * factor);
+            x[c] = weight >= least ? fminf(weight, 1) : 0;
         }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255, lowest = 255;
-            while (lowest > 0 && !b->count[lowest]) lowest--;
-            for (digit = lowest; digit > 0; digit--) {
-                const unsigned long long here = by_mass ? b->mass[digit] : (unsigned long long)b->count[digit];
-                if (b->count[digit]) lowest = digit;
-                if (b->count[digit] && b->cut.above + here >= target) break;
-                b->cut.above += here;
-                b->total += b->mass[digit];
-            }
-            if (!b->count[digit]) { /* rounding: the order ends before the target */
-                digit = lowest;
-                b->cut.above -= by_mass ? b->mass[digit] : (unsigned long long)b->count[digit];
-                b->total -= b->mass[digit];
-            }
-            b->cut.key |= (uint32_t)digit << shift;
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) {
-        /* All that is left has the same key: whole elements up to the target. */
-        const int digit = (int)(b->cut.key & 255);
-        const unsigned long long each = by_mass ? b->mass[digit] / (unsigned long long)b->count[digit] : 1;
-        unsigned long long n = target > b->cut.above ? target - b->cut.above : 0;
-        n = each ? (n + each - 1) / each : 1;
-        if (n < 1) n = 1;
-        if (n > (unsigned long long)b->count[digit]) n = (unsigned long long)b->count[digit];
-        b->cut.n_equal = (int64_t)n;
-        b->total += n * (b->mass[digit] / (unsigned long long)b->count[digit]);
-    }
+        add_to_first_bins(o, x, counted);
+    });
     __syncthreads();
-}
-
-/* The id of the cut's last element. */
-__device__ static int last_of_cut(struct sampling_block *b, const struct sampling_row *row)
-{
-    int64_t equal = 0;
-    for (int first = 0; first < row->n; first += (int)blockDim.x) {
-        const int i = first + (int)threadIdx.x;
-        int n_equal;
-        const bool tied = i < row->n && row->logits[i] > 0 && __float_as_uint(row->logits[i]) == b->cut.key;
-        const int at = block_rank(tied, &n_equal);
-        if (tied && equal + at == b->cut.n_equal - 1) b->chosen = i;
-        equal += n_equal;
-        if (equal >= b->cut.n_equal) break;
-    }
-    __syncthreads();
-    return b->chosen;
+    return rank_bins(o, FIRST_BINS);
 }
 
 __device__ static uint64_t splitmix(uint64_t x)
@@ -161,106 +141,163 @@ __device__ static double uniform(uint64_t seed, int32_t position)
     return (double)(splitmix(splitmix(seed) ^ (uint32_t)position) >> 11) * 0x1p-53;
 }
 
-/* Draws from the weights: their best top_k, of these the shortest run with probability top_p. */
-__device__ static int draw(struct sampling_block *b, const struct sampling_row *row, const struct sampling_params *p,
+/* Draws from the weights: their best top_k, of these the shortest run with probability top_p. -1: there are none. */
+__device__ static int draw(struct order *o, const struct sampling_row *row, const struct sampling_params *p, float best,
                            int32_t position)
 {
-    const unsigned long long all = ~0ull;
-    cut_weights(b, row, false, p->top_k > 0 ? (unsigned long long)p->top_k : all >> 1);
-    unsigned long long mass = b->total;
-    if (p->top_p < 1) {
-        cut_weights(b, row, true, (unsigned long long)((double)p->top_p * (double)mass));
-        mass = b->total < mass ? b->total : mass;
+    __shared__ unsigned long long total;
+    __shared__ int count;
+    const struct bin first = weigh(o, row, p, best);
+    struct order_row r = {row->adjusted, row->n, 32 - __clz(row->n - 1), 0, -1, 0};
+    if (threadIdx.x == blockDim.x - 1) total = first.mass_upto, count = first.count_upto;
+    __syncthreads();
+    unsigned long long mass = total;
+    if (!mass) return -1;
+    struct group last = {0, 0, 0, 0, 0, 0};
+    for (int cut = TOP_K; cut <= DRAW; cut++) { /* a loop: cut_order's code is long and stands here once */
+        unsigned long long target = (unsigned long long)p->top_k;
+        if (cut == TOP_K && (p->top_k <= 0 || p->top_k >= count)) continue;
+        if (cut == TOP_P && !(p->top_p < 1)) continue;
+        if (cut == TOP_P) target = (unsigned long long)ceil((double)p->top_p * (double)mass);
+        if (cut == DRAW) target = (unsigned long long)(uniform(p->seed, position) * (double)mass) + 1;
+        if (cut != TOP_K) target = target < 1 ? 1 : target < mass ? target : mass;
+        last = cut_order(o, &r, &first, cut != TOP_K, target);
+        mass = last.mass_above + last.mass;
     }
-    unsigned long long target = (unsigned long long)(uniform(p->seed, position) * (double)mass) + 1;
-    cut_weights(b, row, true, target < mass ? target : mass);
-    return last_of_cut(b, row);
+    return only_member(o, &r, &last);
 }
 
-/* Natural log of the sum of exponentials, the same on all threads; fixed order. */
-__device__ static double log_sum_exp(struct sampling_block *b, const float *logits, int n, float best)
+/* Sum over the block, on all threads. */
+__device__ static unsigned long long block_mass(struct sampling_block *b, unsigned long long mass)
 {
-    double sum = 0;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) sum += (double)expf(logits[i] - best);
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) b->sum[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int w = 0; w < (int)blockDim.x / 32; w++) sum += b->sum[w];
-    return (double)best + log(sum);
+    for (int turn = 0; turn < 2; turn++) {
+#pragma unroll
+        for (int step = 16; step > 0; step >>= 1) mass += __shfl_xor_sync(~0u, mass, step);
+        if (turn) break;
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) b->warp_mass[threadIdx.x / 32] = mass;
+        __syncthreads();
+        mass = b->warp_mass[threadIdx.x % 32];
+    }
+    return mass;
 }
 
-/* Log-probabilities of the best tokens, before penalties; returns the log of the sum. */
+/* Lists what may be among the best n_best; returns the log of the sum of exponentials. The n-th best of the threads'
+ * own bests cannot rank above the row's n-th best, and few values do. Whole block. */
+__device__ static double list_best(struct sampling_block *b, const struct sampling_row *row, int n_best)
+{
+    struct thread_best mine = {-INFINITY, -1};
+    each_quad<false>(row->logits, NULL, row->n, [&](const float *x, int i) { keep_best(&mine, x, i); });
+    const unsigned long long own = best_key(mine), first = block_best(b, own);
+    unsigned long long least = first;
+    for (int i = 1; i < n_best && least; i++) least = block_best(b, own < least ? own : 0);
+    const float best = first ? row->logits[ranked_id(first)] : -INFINITY;
+    const float bound = least ? row->logits[ranked_id(least)] : -INFINITY;
+    unsigned long long mass = 0;
+    if (threadIdx.x == 0) b->order.n_listed = 0;
+    __syncthreads();
+    each_quad<false>(row->logits, NULL, row->n, [&](const float *x, int i) {
+        unsigned hits = 0;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float weight = expf(x[c] - best);
+            if (weight > 0) mass += mass_of(weight);
+            if (x[c] >= bound && ranked(x[c], i + c) >= least) hits |= 1u << c;
+        }
+        append_ids(b->order.listed, &b->order.n_listed, MOST_BEST, i, hits);
+    });
+    return (double)best + log((double)block_mass(b, mass) / (double)MASS_OF_ONE);
+}
+
+__device__ static void put_logprob(const struct sampling_row *row, unsigned long long key, double log_sum,
+                                   float *logprob, int32_t *token)
+{
+    *logprob = key ? (float)((double)row->logits[ranked_id(key)] - log_sum) : -INFINITY;
+    *token = key ? ranked_id(key) : -1;
+}
+
+/* Log-probabilities of the best tokens, before penalties; returns the log of the sum. Whole block. */
 __device__ static double best_logprobs(struct sampling_block *b, const struct sampling_row *row, int n_best,
                                        float *logprob, int32_t *token)
 {
-    unsigned long long key = best_below(b, row->logits, row->n, ~0ull);
-    const double log_sum = log_sum_exp(b, row->logits, row->n, row->logits[ranked_id(key)]);
-    for (int i = 0; i < n_best; i++) {
-        if (threadIdx.x == 0) {
-            logprob[i] = key ? (float)((double)row->logits[ranked_id(key)] - log_sum) : -INFINITY;
-            token[i] = key ? ranked_id(key) : -1;
+    const double log_sum = list_best(b, row, n_best);
+    const int n = b->order.n_listed, me = (int)threadIdx.x; /* complete: list_best ends with a barrier */
+    unsigned long long key = ~0ull;
+    if (n <= MOST_BEST) {
+        int rank = me;
+        if (me < n) key = b->candidate[me] = ranked(row->logits[b->order.listed[me]], b->order.listed[me]);
+        __syncthreads();
+        if (me < n) {
+            rank = 0;
+            for (int i = 0; i < n; i++) rank += b->candidate[i] > key;
         }
-        if (key) key = best_below(b, row->logits, row->n, key);
+        if (rank < n_best) put_logprob(row, me < n ? key : 0, log_sum, logprob + rank, token + rank);
+    } else {
+        for (int i = 0; i < n_best; i++) {
+            if (key) key = best_below(b, row->logits, row->n, key);
+            if (me == 0) put_logprob(row, key, log_sum, logprob + i, token + i);
+        }
     }
     __syncthreads();
     return log_sum;
 }
 
+/* Scratch for a row of n values that is aligned to 16 bytes as any other. */
+static __host__ __device__ size_t scratch_pitch(int n) { return ((size_t)n + 3 + 3) / 4 * 4; }
+
 __global__ static void __launch_bounds__(SELECT_THREADS)
-    sample_kernel(float *logits, int64_t stride, const int32_t *slots, struct sampling_state state, float *kept)
+    sample_kernel(float *logits, int64_t stride, const int32_t *slots, struct sampling_state state, float *scratch)
 {
     __shared__ struct sampling_block block;
     wait_for_predecessor();
     let_successor_start();
     const int slot = slots[blockIdx.x], n = state.vocab_size;
     if (slot < 0 || slot >= state.n_slots) return;
-    const struct sampling_params p = state.params[slot];
-    int32_t *token_count = state.token_count + (int64_t)slot * n;
+    const struct sampling_params *p = &state.params[slot]; /* read where needed: registers are short */
     float *logprob = state.logprob + (int64_t)slot * (1 + MAX_LOGPROBS);
     int32_t *logprob_token = state.logprob_token + (int64_t)slot * (1 + MAX_LOGPROBS);
-    const struct sampling_row row = {logits + blockIdx.x * stride, token_count, n};
-    const int32_t position = state.position[slot] + 1;
-    const int n_logprobs = p.n_logprobs < MAX_LOGPROBS ? p.n_logprobs : MAX_LOGPROBS;
-    double log_sum = 0;
+    const int n_logprobs = p->n_logprobs < MAX_LOGPROBS ? p->n_logprobs : MAX_LOGPROBS;
+    logits += blockIdx.x * stride;
+    struct sampling_row row = {logits, logits, logits, state.token_count + (int64_t)slot * n, n};
     if (n_logprobs > 0) {
-        log_sum = best_logprobs(&block, &row, n_logprobs, logprob + 1, logprob_token + 1);
-        kept += (int64_t)blockIdx.x * n; /* the chosen token's logit is asked for after penalties have changed it */
-        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) kept[i] = row.logits[i];
+        const double log_sum = best_logprobs(&block, &row, n_logprobs, logprob + 1, logprob_token + 1);
+        if (threadIdx.x == 0) block.log_sum = log_sum;
+        row.adjusted = scratch + blockIdx.x * scratch_pitch(n) + (uintptr_t)logits / sizeof *logits % 4;
     }
-    penalise(&row, &p);
-    const unsigned long long best = best_below(&block, row.logits, n, ~0ull);
-    int chosen = best >> 32 ? ranked_id(best) : 0;
-    if (p.temperature >= LEAST_TEMPERATURE && best >> 32) {
-        weigh(&row, &p, row.logits[chosen]);
-        chosen = draw(&block, &row, &p, position);
+    const unsigned long long best = score(&block, &row, p);
+    int chosen = best ? ranked_id(best) : 0;
+    if (p->temperature >= LEAST_TEMPERATURE && best) {
+        const int drawn = draw(&block.order, &row, p, row.scored[chosen], state.position[slot] + 1);
+        chosen = drawn >= 0 ? drawn : chosen;
     }
     if (threadIdx.x) return;
-    state.position[slot] = position;
+    int32_t *token_count = state.token_count + (int64_t)slot * n + chosen;
+    state.position[slot]++;
     state.next_token[slot] = chosen;
-    if ((token_count[chosen] & TOKEN_COUNT_MASK) < TOKEN_COUNT_MASK) token_count[chosen]++;
+    if ((*token_count & TOKEN_COUNT_MASK) < TOKEN_COUNT_MASK) ++*token_count;
     if (n_logprobs > 0) {
-        logprob[0] = (float)((double)kept[chosen] - log_sum);
+        logprob[0] = (float)((double)logits[chosen] - block.log_sum);
         logprob_token[0] = chosen;
     }
 }
 
 int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena)
 {
-    float *kept;
+    float *scratch;
     (void)c;
-    return arena_take(arena, (size_t)limits->max_seqs * (size_t)limits->vocab_size * sizeof *kept, "op scratch", &kept);
+    return arena_take(arena, (size_t)limits->max_seqs * scratch_pitch(limits->vocab_size) * sizeof *scratch,
+                      "op scratch", &scratch);
 }
 
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state)
 {
     struct arena arena;
-    float *kept;
+    float *scratch;
     TRY(cuda__scratch(o, &arena));
-    TRY(arena_take(&arena, (size_t)logits.dim[0] * (size_t)state->vocab_size * sizeof *kept, "op scratch", &kept));
+    TRY(arena_take(&arena, (size_t)logits.dim[0] * scratch_pitch(state->vocab_size) * sizeof *scratch, "op scratch",
+                   &scratch));
     return cuda__launch(o, "sample", sample_kernel, dim3((unsigned)logits.dim[0]), dim3(SELECT_THREADS), 0,
-                        (float *)logits.data, logits.stride[0], slot, *state, kept);
+                        (float *)logits.data, logits.stride[0], slot, *state, scratch);
 }
 
 __global__ static void begin_kernel(struct sampling_state state, int slot, struct sampling_params params, int n_prompt)

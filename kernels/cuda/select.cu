@@ -48,8 +48,8 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
 {
     __shared__ int count[SELECT_DIGITS];
     const int window = rows.window[blockIdx.x], others = n - window, wanted = rows.k[blockIdx.x] - window;
-    wait_for_predecessor();
     let_successor_start();
+    wait_for_predecessor();
     score += blockIdx.x * stride;
     index += (int64_t)blockIdx.x * index_stride;
     if (wanted > 0) {

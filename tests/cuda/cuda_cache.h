@@ -146,7 +146,7 @@ static inline void cache_pack(struct cuda_fixture *f, const struct cache *c, int
                               int percent, int least)
 {
     const int stride = c->cpu.max_pages * c->cpu.page_size + 1;
-    int32_t *keep = fixture_take(f->cpu, sizeof *keep * (size_t)(stride * n_lanes)), n_keep[64] = {0};
+    int32_t *keep = fixture_take(f->cpu, sizeof *keep * (size_t)(stride * n_lanes)), n_keep[MOST_LANES] = {0};
     for (int i = 0; i < n_lanes; i++) {
         const int length = c->cpu.lane_len[slot * c->cpu.lanes_per_slot + lane + i];
         for (int j = 0; j < length; j++)

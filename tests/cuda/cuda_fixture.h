@@ -14,7 +14,7 @@
 
 /* How much a pass tries: QUICK for compute-sanitizer, SOME for the second dtype. */
 enum cuda_effort { QUICK, SOME, ALL };
-enum { LINES_PRINTED = 30, CUDA_BLOCKS = 4096, GUARD = 128 };
+enum { LINES_PRINTED = 30, CUDA_BLOCKS = 4096, GUARD = 128, MOST_LANES = 704 };
 
 struct cuda_fixture {
     struct fixture *cpu; /* its ops, random numbers and host memory */
@@ -75,7 +75,7 @@ static inline struct cuda_fixture *cuda_open(enum dtype dtype, enum cuda_effort 
                                       .max_heads = 64,
                                       .head_dim = 128,
                                       .vocab_size = 128256,
-                                      .max_lanes = 64};
+                                      .max_lanes = MOST_LANES};
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     size_t planned = 0, taken = 0;
     if (!f || !(f->cpu = calloc(1, sizeof *f->cpu))) abort();

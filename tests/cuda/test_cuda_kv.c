@@ -128,6 +128,7 @@ static void test_many_lanes(void)
         compare_many(f, 64, 8, 4, 64);
         compare_many(f, 33, 40, 1, 128);
         compare_many(f, 7, 1, 64, 16);
+        compare_many(f, 2, 40, 16, 8); /* a whole slot of 640 lanes packed at once */
     }
     cuda_end(f);
 }

