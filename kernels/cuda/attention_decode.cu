@@ -63,8 +63,18 @@ __device__ static const char *tile_address(const struct decode_arguments &a, int
     return (const char *)a.kv.pool.data + ((int64_t)page * 2 * a.kv.page_size + at % a.kv.page_size) * row_bytes;
 }
 
-/* Tokens [first, end) of a lane, tiles dealt to the block's warps. Page numbers come 32 tiles at a time, and the next
- * tile's keys are on their way while this one's values are used. */
+template <int CHUNKS>
+__device__ static void load_any_keys(uint4 *low, uint4 *high, const char *page, int row_bytes, int r, int t,
+                                     int n_valid)
+{
+    if (n_valid >= TILE)
+        load_keys<CHUNKS, true>(low, high, page, row_bytes, r, t, n_valid);
+    else
+        load_keys<CHUNKS, false>(low, high, page, row_bytes, r, t, n_valid);
+}
+
+/* The tokens of a piece, tiles dealt to the block's warps. Page numbers come 32 tiles at a time, and the next tile's
+ * keys are on their way while this one's values are used. */
 template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
 __device__ static void gather(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, const struct decode_arguments &a,
                               const struct decode_item &item, const uint4 (*q)[CHUNKS])
@@ -74,25 +84,28 @@ __device__ static void gather(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, co
     const int row_bytes = (EXACT ? CHUNKS * 32 : a.kv.head_dim) * (int)sizeof(T);
     const int64_t value_bytes = (int64_t)a.kv.page_size * row_bytes;
     const int32_t *row = a.kv.page_row + (int64_t)item.lane * a.kv.max_pages;
-    const int end = item.end;
-    const int stride = WARPS * TILE;
+    const int end = item.end, stride = WARPS * TILE;
     uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
     for (int at = item.first + (int)(threadIdx.x / 32) * TILE; at < end; at += 32 * stride) {
-        const int mine = at + thread * stride,
-                  n = (end - at + stride - 1) / stride < 32 ? (end - at + stride - 1) / stride : 32;
+        const int mine = at + thread * stride, left = (end - at + stride - 1) / stride, n = left < 32 ? left : 32;
         const int pages = mine < end ? row[mine / a.kv.page_size] : 0;
         const char *page = tile_address(a, __shfl_sync(~0u, pages, 0), at, row_bytes);
-        load_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - at);
+        load_any_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - at);
         for (int i = 0; i < n; i++) {
             const int here = at + i * stride, next = here + stride;
-            load_values<HALVES>(v, page + value_bytes, row_bytes, r, t, end - here);
             float s[PRODUCTS][4];
-            score_tile<T, CHUNKS, PRODUCTS>(s, low, high, q, a.scale, r, end - here);
+            if (end - here >= TILE) {
+                load_values<HALVES, true>(v, page + value_bytes, row_bytes, r, t, TILE);
+                score_tile<T, CHUNKS, PRODUCTS, true>(s, low, high, q, r, TILE);
+            } else {
+                load_values<HALVES, false>(v, page + value_bytes, row_bytes, r, t, end - here);
+                score_tile<T, CHUNKS, PRODUCTS, false>(s, low, high, q, r, end - here);
+            }
             if (i + 1 < n) {
                 page = tile_address(a, __shfl_sync(~0u, pages, i + 1), next, row_bytes);
-                load_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - next);
+                load_any_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - next);
             }
-            take_tile<T, HALVES, PRODUCTS>(g, s, v);
+            take_tile<T, HALVES, PRODUCTS>(g, s, v, a.scale);
         }
     }
 }
@@ -102,8 +115,8 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) deco
 {
     enum { HALVES = (CHUNKS + 1) / 2 };
     extern __shared__ char shared[];
-    struct block_part<HALVES, PRODUCTS> *part = (struct block_part<HALVES, PRODUCTS> *)shared;
-    int *ends = (int *)(part + 1); /* items up to and with each head */
+    int *ends = (int *)shared; /* items up to and with each head */
+    struct block_part *part = (struct block_part *)(shared + (a.n_kv_heads + 3) / 4 * 16);
     let_successor_start();
     wait_for_predecessor();
     clear_padding<T>(a);
@@ -140,7 +153,7 @@ static int launch_decode(struct ops *o, const struct decode_arguments &a)
 {
     const struct cuda *c = cuda__of(o);
     void (*kernel)(struct decode_arguments) = decode_kernel<T, CHUNKS, EXACT, PRODUCTS>;
-    const size_t shared = sizeof(struct block_part<(CHUNKS + 1) / 2, PRODUCTS>) + (size_t)a.n_kv_heads * sizeof(int);
+    const size_t shared = block_part_bytes((CHUNKS + 1) / 2, a.group) + (size_t)(a.n_kv_heads + 3) / 4 * 16;
     if (shared > 48 << 10)
         CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     return cuda__launch(o, "attention_decode", kernel, dim3((unsigned)c->n_multiprocessors * (PRODUCTS == 1 ? 3 : 2)),
@@ -197,5 +210,8 @@ int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, co
     a.scale = heads->scale * 1.44269504088896f;
     a.item = (const int4 *)c->work_item, a.count = c->work_count;
     a.counter = c->counter;
+    /* The same bits by either kernel. Loads into registers pass through the first-level cache, of which the streaming
+     * kernel leaves little: not beside the linears of few rows (gemv.cu), which live by it. */
+    if (c->arch == 90 && batch->n_seqs > CUDA_FEW_ROWS) return cuda__decode_stream(o, q.dtype, a);
     WITH_TYPE(q.dtype, T, return a.group <= COLUMNS ? launch_for_dim<T, 1>(o, a) : launch_for_dim<T, 2>(o, a));
 }

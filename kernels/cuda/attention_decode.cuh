@@ -55,21 +55,22 @@ __device__ static inline struct decode_item fetch_item(const struct decode_argum
     return item;
 }
 
-/* Rows of 16 bytes a thread: a token's key at dims chunk * 32 + t * 8. */
-template <int CHUNKS>
+/* Rows of 16 bytes a thread: a token's key at dims chunk * 32 + t * 8. FULL: all tokens of the tile are the lane's. */
+template <int CHUNKS, bool FULL>
 __device__ static void load_keys(uint4 *low, uint4 *high, const char *page, int row_bytes, int r, int t, int n_valid)
 {
     const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = c * 64 + t * 16;
-        low[c] = at < row_bytes && r < n_valid ? *(const uint4 *)(page + r * row_bytes + at) : none;
-        high[c] = at < row_bytes && r + 8 < n_valid ? *(const uint4 *)(page + (r + 8) * row_bytes + at) : none;
+        low[c] = at < row_bytes && (FULL || r < n_valid) ? *(const uint4 *)(page + r * row_bytes + at) : none;
+        high[c] =
+            at < row_bytes && (FULL || r + 8 < n_valid) ? *(const uint4 *)(page + (r + 8) * row_bytes + at) : none;
     }
 }
 
 /* Values of tokens 2t, 2t + 1, 2t + 8, 2t + 9 at dims half * 64 + r * 8. */
-template <int HALVES>
+template <int HALVES, bool FULL>
 __device__ static void load_values(uint4 (*v)[4], const char *page, int row_bytes, int r, int t, int n_valid)
 {
     const uint4 none = make_uint4(0, 0, 0, 0);
@@ -78,7 +79,8 @@ __device__ static void load_values(uint4 (*v)[4], const char *page, int row_byte
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int token = 2 * t + (i & 1) + (i & 2) * 4, at = h * 128 + r * 16;
-            v[h][i] = at < row_bytes && token < n_valid ? *(const uint4 *)(page + token * row_bytes + at) : none;
+            v[h][i] =
+                at < row_bytes && (FULL || token < n_valid) ? *(const uint4 *)(page + token * row_bytes + at) : none;
         }
 }
 
@@ -97,47 +99,67 @@ template <int HALVES, int PRODUCTS> struct gathered {
     float top[PRODUCTS][2], sum[PRODUCTS][2];
 };
 
-/* Logits of 16 tokens, in powers of two; -inf past the end. */
-template <typename T, int CHUNKS, int PRODUCTS>
-__device__ static void score_tile(float (*s)[4], const uint4 *low, const uint4 *high, const uint4 (*q)[CHUNKS],
-                                  float scale, int r, int n_valid)
+/* Logits of 16 tokens before scaling, in two chains; -inf past the end. */
+template <typename T, int CHUNKS, int PRODUCTS, bool FULL>
+__device__ static void score_tile(float (*s)[4], const uint4 *low, const uint4 *high, const uint4 (*q)[CHUNKS], int r,
+                                  int n_valid)
 {
 #pragma unroll
     for (int p = 0; p < PRODUCTS; p++) {
+        float other[4] = {0, 0, 0, 0};
         s[p][0] = s[p][1] = s[p][2] = s[p][3] = 0;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             mma_16816<T>(s[p], low[c].x, high[c].x, low[c].y, high[c].y, q[p][c].x, q[p][c].y);
-            mma_16816<T>(s[p], low[c].z, high[c].z, low[c].w, high[c].w, q[p][c].z, q[p][c].w);
+            mma_16816<T>(other, low[c].z, high[c].z, low[c].w, high[c].w, q[p][c].z, q[p][c].w);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[p][i] = r + (i & 2) * 4 < n_valid ? s[p][i] * scale : -INFINITY;
+        for (int i = 0; i < 4; i++) s[p][i] = FULL || r + (i & 2) * 4 < n_valid ? s[p][i] + other[i] : -INFINITY;
+    }
+}
+
+/* A higher maximum shrinks what was gathered under the one before. Rare after the first tiles. */
+template <int HALVES>
+__device__ static void shrink_gathered(float (*out)[4][4], float *top, float *sum, const float *best, float scale)
+{
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const float shrink = power_of_2((top[e] - best[e]) * scale);
+        top[e] = best[e];
+        sum[e] *= shrink;
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                out[h][j][e] *= shrink;
+                out[h][j][e + 2] *= shrink;
+            }
     }
 }
 
 /* Takes the tile's values in, by the softmax so far. */
 template <typename T, int HALVES, int PRODUCTS>
-__device__ static void take_tile(struct gathered<HALVES, PRODUCTS> *g, float (*scores)[4], const uint4 (*v)[4])
+__device__ static void take_tile(struct gathered<HALVES, PRODUCTS> *g, float (*scores)[4], const uint4 (*v)[4],
+                                 float scale)
 {
 #pragma unroll
     for (int p = 0; p < PRODUCTS; p++) {
-        float *s = scores[p];
+        float *s = scores[p], best[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) best[e] = fmaxf(s[e], s[e + 2]);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+            best[0] = fmaxf(best[0], __shfl_xor_sync(~0u, best[0], step));
+            best[1] = fmaxf(best[1], __shfl_xor_sync(~0u, best[1], step));
+        }
+        best[0] = fmaxf(best[0], g->top[p][0]), best[1] = fmaxf(best[1], g->top[p][1]);
+        if (__any_sync(~0u, best[0] > g->top[p][0] || best[1] > g->top[p][1]))
+            shrink_gathered<HALVES>(g->out[p], g->top[p], g->sum[p], best, scale);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float top = fmaxf(s[e], s[e + 2]);
-            for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-            const float best = fmaxf(g->top[p][e], top), shrink = exp2f(g->top[p][e] - best);
-            s[e] = exp2f(s[e] - best);
-            s[e + 2] = exp2f(s[e + 2] - best);
-            g->top[p][e] = best;
-            g->sum[p][e] = g->sum[p][e] * shrink + s[e] + s[e + 2];
-#pragma unroll
-            for (int h = 0; h < HALVES; h++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    g->out[p][h][j][e] *= shrink;
-                    g->out[p][h][j][e + 2] *= shrink;
-                }
+            s[e] = power_of_2((s[e] - best[e]) * scale);
+            s[e + 2] = power_of_2((s[e + 2] - best[e]) * scale);
+            g->sum[p][e] += s[e] + s[e + 2];
         }
         const uint32_t b0 = transpose_8x8(pack2<T>(s[0], s[1])), b1 = transpose_8x8(pack2<T>(s[2], s[3]));
 #pragma unroll
@@ -169,19 +191,27 @@ __device__ static void load_queries(uint4 (*q)[CHUNKS], const struct decode_argu
     }
 }
 
-/* What the block's warps leave each other; the last block of a lane uses the room for its pieces' factors. */
-template <int HALVES, int PRODUCTS> struct block_part {
-    float top[WARPS][PRODUCTS * COLUMNS], sum[WARPS][PRODUCTS * COLUMNS];
-    union {
-        float out[WARPS][PRODUCTS * COLUMNS][HALVES * 64 + 1];
-        float factor[PRODUCTS * COLUMNS][MOST_SPLITS];
-    };
+/* What the block's warps leave each other: `out` [WARPS, group, HALVES * 64 + 1]; the last block of a lane uses its
+ * room for the pieces' factors, [group, MOST_SPLITS]. */
+struct block_part {
+    float top[WARPS][2 * COLUMNS], sum[WARPS][2 * COLUMNS];
     int last;
+    float out[];
 };
 
+template <int HALVES> __device__ static float *part_row(struct block_part *part, int warp, int column, int group)
+{
+    return part->out + (warp * group + column) * (HALVES * 64 + 1);
+}
+
+static inline size_t block_part_bytes(int halves, int group)
+{
+    const size_t out = (size_t)WARPS * (size_t)group * ((size_t)halves * 64 + 1), factor = (size_t)group * MOST_SPLITS;
+    return (sizeof(struct block_part) + (out > factor ? out : factor) * sizeof(float) + 15) / 16 * 16;
+}
+
 template <int HALVES, int PRODUCTS>
-__device__ static void leave_part(struct block_part<HALVES, PRODUCTS> *part, struct gathered<HALVES, PRODUCTS> *g,
-                                  int group)
+__device__ static void leave_part(struct block_part *part, struct gathered<HALVES, PRODUCTS> *g, int group, float scale)
 {
     const int thread = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, r = thread / 4, t = thread % 4;
 #pragma unroll
@@ -192,20 +222,20 @@ __device__ static void leave_part(struct block_part<HALVES, PRODUCTS> *part, str
             float sum = g->sum[p][e];
             for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
             if (column >= group) continue;
-            if (r == 0) part->top[warp][column] = g->top[p][e], part->sum[warp][column] = sum;
+            if (r == 0) part->top[warp][column] = g->top[p][e] * scale, part->sum[warp][column] = sum;
 #pragma unroll
             for (int h = 0; h < HALVES; h++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    part->out[warp][column][h * 64 + r * 8 + 2 * j] = g->out[p][h][j][e];
-                    part->out[warp][column][h * 64 + r * 8 + 2 * j + 1] = g->out[p][h][j][e + 2];
+                    float *row = part_row<HALVES>(part, warp, column, group) + h * 64 + r * 8 + 2 * j;
+                    row[0] = g->out[p][h][j][e];
+                    row[1] = g->out[p][h][j][e + 2];
                 }
         }
 }
 
 /* A head's maximum and sum over the warps, and the factor of each warp's part. */
-template <int HALVES, int PRODUCTS>
-__device__ static float2 join_warps(const struct block_part<HALVES, PRODUCTS> *part, int column, float *factor)
+__device__ static float2 join_warps(struct block_part *part, int column, float *factor)
 {
     float top = -INFINITY, sum = 0;
 #pragma unroll
@@ -219,9 +249,8 @@ __device__ static float2 join_warps(const struct block_part<HALVES, PRODUCTS> *p
 }
 
 /* The factor of each piece of a lane, by which its sums count, over the sum of all: a warp a head. */
-template <int HALVES, int PRODUCTS>
-__device__ static void weigh_pieces(const struct decode_arguments &a, struct block_part<HALVES, PRODUCTS> *part,
-                                    int64_t first_piece, int n)
+__device__ static void weigh_pieces(const struct decode_arguments &a, struct block_part *part, int64_t first_piece,
+                                    int n)
 {
     const int thread = (int)threadIdx.x % 32;
     for (int in_group = (int)threadIdx.x / 32; in_group < a.group; in_group += WARPS) {
@@ -232,24 +261,24 @@ __device__ static void weigh_pieces(const struct decode_arguments &a, struct blo
         for (int s = thread; s < n; s += 32) {
             const float2 piece = __ldcg(&a.partial[(first_piece + s) * a.group + in_group]);
             const float factor = piece.x == -INFINITY ? 0 : exp2f(piece.x - top);
-            part->factor[in_group][s] = factor;
+            part->out[in_group * MOST_SPLITS + s] = factor;
             sum += piece.y * factor;
         }
         sum = warp_sum(sum);
-        for (int s = thread; s < n; s += 32) part->factor[in_group][s] *= sum > 0 ? 1 / sum : 0;
+        for (int s = thread; s < n; s += 32) part->out[in_group * MOST_SPLITS + s] *= sum > 0 ? 1 / sum : 0;
     }
 }
 
 /* The pieces of a lane, in their order, into the output row; four dimensions a thread. */
-template <typename T, int HALVES, int PRODUCTS>
-__device__ static void join_pieces(const struct decode_arguments &a, struct block_part<HALVES, PRODUCTS> *part, int row,
-                                   int head, int64_t first_piece, int n)
+template <typename T>
+__device__ static void join_pieces(const struct decode_arguments &a, struct block_part *part, int row, int head,
+                                   int64_t first_piece, int n)
 {
     const int width = a.group * a.kv.head_dim;
-    weigh_pieces<HALVES, PRODUCTS>(a, part, first_piece, n);
+    weigh_pieces(a, part, first_piece, n);
     __syncthreads();
     for (int i = 4 * (int)threadIdx.x; i < width; i += 4 * (int)blockDim.x) {
-        const float *factor = part->factor[i / a.kv.head_dim];
+        const float *factor = part->out + i / a.kv.head_dim * MOST_SPLITS;
         const float4 *from = (const float4 *)(a.partial_out + first_piece * width + i);
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
@@ -266,19 +295,19 @@ __device__ static void join_pieces(const struct decode_arguments &a, struct bloc
 /* The end of a piece: the warps' parts into the output row, or into its place among the lane's pieces, of which the
  * last one to be done adds up all. Whole block. */
 template <typename T, int HALVES, int PRODUCTS>
-__device__ static void finish_item(const struct decode_arguments &a, struct block_part<HALVES, PRODUCTS> *part,
+__device__ static void finish_item(const struct decode_arguments &a, struct block_part *part,
                                    struct gathered<HALVES, PRODUCTS> *g, const struct decode_item &item)
 {
     const int dim = a.kv.head_dim;
-    leave_part<HALVES, PRODUCTS>(part, g, a.group);
+    leave_part<HALVES, PRODUCTS>(part, g, a.group, a.scale);
     __syncthreads();
     const int64_t piece = (int64_t)item.head * a.capacity + item.at;
     for (int i = (int)threadIdx.x; i < a.group * dim; i += (int)blockDim.x) {
         float factor[WARPS], value = 0;
         const int in_group = i / dim, d = i % dim;
-        const float2 joined = join_warps<HALVES, PRODUCTS>(part, in_group, factor);
+        const float2 joined = join_warps(part, in_group, factor);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) value += part->out[w][in_group][d] * factor[w];
+        for (int w = 0; w < WARPS; w++) value += part_row<HALVES>(part, w, in_group, a.group)[d] * factor[w];
         if (item.n_splits == 1) {
             ((T *)a.out)[item.row * a.out_stride + (int64_t)item.head * a.group * dim + i] =
                 from_float<T>(joined.y > 0 ? value / joined.y : 0.0f);
@@ -295,7 +324,7 @@ __device__ static void finish_item(const struct decode_arguments &a, struct bloc
         __syncthreads();
         if (part->last) {
             __threadfence();
-            join_pieces<T, HALVES, PRODUCTS>(a, part, item.row, item.head, piece - item.split, item.n_splits);
+            join_pieces<T>(a, part, item.row, item.head, piece - item.split, item.n_splits);
             if (threadIdx.x == 0) *counter = 0;
         }
     }

@@ -10,14 +10,6 @@
 
 INLINE uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
-/* 2^x; 0 for minus infinity. */
-INLINE float power_of_2(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* ---- copies to shared memory and fragments from it ---- */
 
 /* 16 bytes from global memory; zeros where !valid. */

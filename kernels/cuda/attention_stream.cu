@@ -42,11 +42,12 @@ INLINE int pages_from(const struct decode_arguments &a, const struct decode_item
     return token < item.end ? a.kv.page_row[(int64_t)item.lane * a.kv.max_pages + token / a.kv.page_size] : 0;
 }
 
-/* Asks for a tile. The whole of it: what lies behind the lane's end is room of the page. */
+/* Asks for a tile, of whose page numbers the first 32 are in *pages. The whole of it: what lies behind the lane's end
+ * is room of the page. */
 INLINE void put_tile(struct stream *s, const struct decode_arguments &a, const struct decode_item &item, int tile,
                      int *pages)
 {
-    if (tile % 32 == 0) *pages = pages_from(a, item, tile);
+    if (tile % 32 == 0 && tile > 0) *pages = pages_from(a, item, tile);
     const int64_t page = __shfl_sync(~0u, *pages, tile % 32);
     if (threadIdx.x % 32 == 0) {
         const int half = TILE * s->row_bytes;
@@ -65,33 +66,49 @@ INLINE void put_tile(struct stream *s, const struct decode_arguments &a, const s
     if (++s->put == s->stages) s->put = 0;
 }
 
+/* One tile that is there. */
+template <typename T, int CHUNKS, int PRODUCTS, bool FULL>
+__device__ static __forceinline__ void gather_tile(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, const char *place,
+                                                   int row_bytes, const uint4 (*q)[CHUNKS], float scale, int n_valid)
+{
+    enum { HALVES = (CHUNKS + 1) / 2 };
+    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
+    uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
+    float scores[PRODUCTS][4];
+    load_keys<CHUNKS, FULL>(low, high, place, row_bytes, r, t, n_valid);
+    score_tile<T, CHUNKS, PRODUCTS, FULL>(scores, low, high, q, r, n_valid);
+    load_values<HALVES, FULL>(v, place + TILE * row_bytes, row_bytes, r, t, n_valid);
+    take_tile<T, HALVES, PRODUCTS>(g, scores, v, scale);
+}
+
 template <typename T, int CHUNKS, int PRODUCTS>
 __device__ static void stream_item(struct stream *s, struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g,
                                    const struct decode_arguments &a, const struct decode_item &item,
-                                   const uint4 (*q)[CHUNKS], int *pages)
+                                   const uint4 (*q)[CHUNKS], int *pages, const struct decode_item &next,
+                                   int *next_pages)
 {
-    enum { HALVES = (CHUNKS + 1) / 2 };
-    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4, n = tiles_of(item);
+    const int n = tiles_of(item);
     for (int tile = 0; tile < n; tile++) {
         const char *place = s->ring + s->taken * s->stage_bytes;
         const int n_valid = item.end - token_of(item, tile);
-        uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
-        float scores[PRODUCTS][4];
         barrier_wait(s->barrier + 8 * s->taken, s->taken_phase);
-        load_keys<CHUNKS>(low, high, place, s->row_bytes, r, t, n_valid);
-        load_values<HALVES>(v, place + TILE * s->row_bytes, s->row_bytes, r, t, n_valid);
-        score_tile<T, CHUNKS, PRODUCTS>(scores, low, high, q, a.scale, r, n_valid);
+        if (n_valid >= TILE)
+            gather_tile<T, CHUNKS, PRODUCTS, true>(g, place, s->row_bytes, q, a.scale, n_valid);
+        else
+            gather_tile<T, CHUNKS, PRODUCTS, false>(g, place, s->row_bytes, q, a.scale, n_valid);
         if (++s->taken == s->stages) s->taken = 0, s->taken_phase ^= 1;
-        take_tile<T, HALVES, PRODUCTS>(g, scores, v);
         __syncwarp(); /* all have read the place that is filled next */
         if (tile + s->stages < n) put_tile(s, a, item, tile + s->stages, pages);
+        if (tile == 0) *next_pages = pages_from(a, next, 0);
     }
+    if (n == 0) *next_pages = pages_from(a, next, 0);
 }
 
 #endif
 
 template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
-__global__ static void __launch_bounds__(WARPS * 32, 2) stream_kernel(struct decode_arguments a, int stages)
+__global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2)
+    stream_kernel(struct decode_arguments a, int stages)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     enum { HALVES = (CHUNKS + 1) / 2 };
@@ -104,8 +121,8 @@ __global__ static void __launch_bounds__(WARPS * 32, 2) stream_kernel(struct dec
     s.ring = shared + warp * stages * s.stage_bytes;
     uint64_t *barriers = (uint64_t *)(shared + WARPS * stages * s.stage_bytes);
     s.barrier = shared_address(barriers + warp * stages);
-    struct block_part<HALVES, PRODUCTS> *part = (struct block_part<HALVES, PRODUCTS> *)(barriers + WARPS * MOST_STAGES);
-    int *ends = (int *)(part + 1);
+    int *ends = (int *)(barriers + WARPS * MOST_STAGES);
+    struct block_part *part = (struct block_part *)((char *)ends + (a.n_kv_heads + 3) / 4 * 16);
     if (threadIdx.x % 32 == 0)
         for (int i = 0; i < stages; i++) barrier_init(s.barrier + 8 * i, 1);
     barriers_ready();
@@ -115,24 +132,26 @@ __global__ static void __launch_bounds__(WARPS * 32, 2) stream_kernel(struct dec
     clear_padding<T>(a);
     list_ends(a, ends);
     const int n_items = ends[a.n_kv_heads - 1];
-    int at = (int)blockIdx.x, pages = 0;
+    int at = (int)blockIdx.x;
     if (at >= n_items) return;
     struct decode_item item = fetch_item(a, ends, at);
+    int pages = pages_from(a, item, 0);
     for (int tile = 0; tile < stages && tile < tiles_of(item); tile++) put_tile(&s, a, item, tile, &pages);
     for (;;) {
         struct gathered<HALVES, PRODUCTS> g;
         uint4 q[PRODUCTS][CHUNKS];
+        const bool more = (at += (int)gridDim.x) < n_items;
+        /* Where the next piece lies is known before this one ends. */
+        const struct decode_item next = fetch_item(a, ends, more ? at : n_items - 1);
+        int next_pages = 0;
         begin_gathering<HALVES, PRODUCTS>(&g);
         load_queries<T, CHUNKS, PRODUCTS>(q, a, item.row, item.head);
-        stream_item<T, CHUNKS, PRODUCTS>(&s, &g, a, item, q, &pages);
-        const struct decode_item done = item;
-        const bool more = (at += (int)gridDim.x) < n_items;
-        if (more) {
-            item = fetch_item(a, ends, at);
-            for (int tile = 0; tile < stages && tile < tiles_of(item); tile++) put_tile(&s, a, item, tile, &pages);
-        }
-        finish_item<T, HALVES, PRODUCTS>(a, part, &g, done);
+        stream_item<T, CHUNKS, PRODUCTS>(&s, &g, a, item, q, &pages, next, &next_pages);
+        pages = next_pages;
+        for (int tile = 0; more && tile < stages && tile < tiles_of(next); tile++) put_tile(&s, a, next, tile, &pages);
+        finish_item<T, HALVES, PRODUCTS>(a, part, &g, item);
         if (!more) return;
+        item = next;
     }
 #else
     (void)a, (void)stages;
@@ -144,17 +163,19 @@ static int launch_stream(struct ops *o, const struct decode_arguments &a)
 {
     const struct cuda *c = cuda__of(o);
     void (*kernel)(struct decode_arguments, int) = stream_kernel<T, CHUNKS, EXACT, PRODUCTS>;
-    const size_t part = sizeof(struct block_part<(CHUNKS + 1) / 2, PRODUCTS>) + (size_t)a.n_kv_heads * sizeof(int) +
+    const size_t part = block_part_bytes((CHUNKS + 1) / 2, a.group) + (size_t)(a.n_kv_heads + 3) / 4 * 16 +
                         WARPS * MOST_STAGES * sizeof(uint64_t);
     const size_t stage = (size_t)WARPS * 2 * TILE * (size_t)a.kv.head_dim * sizeof(T);
-    const size_t half = ((size_t)c->max_shared_bytes - 1024) / 2; /* two blocks a multiprocessor */
-    int stages = half > part ? (int)((half - part) / stage) : 1;
+    /* Three blocks a multiprocessor where each has room for two tiles a warp, else two. A block costs 1 KB beside. */
+    const size_t whole = (size_t)c->max_shared_bytes + 1024;
+    int blocks = PRODUCTS == 1 && whole / 3 - 1024 >= part + 2 * stage ? 3 : 2;
+    int stages = whole / (size_t)blocks - 1024 > part ? (int)((whole / (size_t)blocks - 1024 - part) / stage) : 1;
     if (stages > MOST_STAGES) stages = MOST_STAGES;
     if (stages < 1) stages = 1;
     const size_t shared = (size_t)stages * stage + part;
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    return cuda__launch(o, "attention_decode", kernel, dim3((unsigned)c->n_multiprocessors * 2), dim3(WARPS * 32),
-                        shared, a, stages);
+    return cuda__launch(o, "attention_decode", kernel, dim3((unsigned)(c->n_multiprocessors * blocks)),
+                        dim3(WARPS * 32), shared, a, stages);
 }
 
 template <typename T, int PRODUCTS> static int stream_for_dim(struct ops *o, const struct decode_arguments &a)

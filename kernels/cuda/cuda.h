@@ -21,6 +21,7 @@ struct cuda_upload; /* upload.c: pinned memory on its way up */
 struct cuda_graphs; /* graphs.c: one captured decode step a bucket */
 struct cuda_linear; /* linear.c: cuBLASLt, its workspace and its choices */
 
+enum { CUDA_FEW_ROWS = 8 /* rows up to which linears are bound by memory alone: gemv.cu */ };
 enum { CUDA_MARKS = 2, CUDA_WORKSPACE_BYTES = 32 << 20 };
 
 struct cuda {
@@ -34,8 +35,8 @@ struct cuda {
     void *scratch;
     size_t scratch_first, scratch_bytes; /* where the part that every call lays out anew begins; the whole */
     struct ops_limits limits;            /* of ops_reserve */
-    int32_t *work_item;  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
-    int32_t *work_count; /* [max_lanes] pieces of each lane */
+    int32_t *work_item;                  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
+    int32_t *work_count;                 /* [max_lanes] pieces of each lane */
     int work_capacity, split_tokens;
     void *workspace;  /* of cuBLASLt */
     int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head are done */

@@ -7,9 +7,9 @@
 
 enum {
     GEMV_WARPS = 8,
-    GEMV_ROWS = 16,  /* of w, a block */
-    GEMV_MOST = 8,   /* rows of x in one product */
-    GEMV_CHUNKS = 4, /* of 32 columns, at once */
+    GEMV_ROWS = 16,            /* of w, a block */
+    GEMV_MOST = CUDA_FEW_ROWS, /* rows of x: the columns of one product */
+    GEMV_CHUNKS = 4,           /* of 32 columns, at once */
     GEMV_COLUMNS = 32 * GEMV_CHUNKS
 };
 

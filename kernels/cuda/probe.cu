@@ -62,22 +62,27 @@ __device__ static void load_stage(char *stage, const struct probe_arguments &a, 
     copies_begin();
 }
 
-/* A warp's keys: token lane / 4 of each of 4 groups of 8, dims chunk * 32 + t * 8. Past the first cache, which the
- * kernel that reads before it waits must not trust. */
+/* A warp's keys: token lane / 4 of each of 4 groups of 8, dims chunk * 32 + t * 8; beyond the last key that again, for
+ * no row sees it. All pages are looked up first. Past the first cache, which a kernel that reads before it waits must
+ * not trust. */
 template <int CHUNKS>
 __device__ static void load_probe_keys(uint4 (*k)[CHUNKS], const struct probe_arguments &a, int lane, int first)
 {
     const int thread = (int)threadIdx.x % 32, t = thread % 4, dim = a.kv.head_dim, size = a.kv.page_size;
     const int32_t *pages = a.kv.page_row + (int64_t)lane * a.kv.max_pages;
+    int token[4], page[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-        const int token = first + n * 8 + thread / 4;
-        const char *key = (const char *)a.kv.pool.data;
-        if (token < a.n_keys) key += ((int64_t)__ldcg(pages + token / size) * 2 * size + token % size) * dim * 2;
+        token[n] = min(first + n * 8 + thread / 4, a.n_keys - 1);
+        page[n] = __ldcg(pages + token[n] / size);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const char *key = (const char *)a.kv.pool.data + ((int64_t)page[n] * 2 * size + token[n] % size) * dim * 2;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             const int at = c * 32 + t * 8;
-            k[n][c] = token < a.n_keys && at < dim ? __ldcg((const uint4 *)(key + at * 2)) : make_uint4(0, 0, 0, 0);
+            k[n][c] = at < dim ? __ldcg((const uint4 *)(key + at * 2)) : make_uint4(0, 0, 0, 0);
         }
     }
 }
@@ -92,7 +97,7 @@ __device__ static bool probe_logits(float (*s)[4], const uint4 (*k)[CHUNKS], con
     const bool cut = first_key + KEYS_A_WARP - 1 > a.first_position; /* not every row sees every key */
     int seen[2] = {0, 0};                                            /* last key that a row sees, counted from ours */
     if (cut) {
-        seen[0] = a.first_position + row % a.n_rows - first_key,
+        seen[0] = a.first_position + row % a.n_rows - first_key;
         seen[1] = a.first_position + (row + 8) % a.n_rows - first_key;
         if (!__any_sync(~0u, seen[0] >= 0 || seen[1] >= 0)) return false;
     }

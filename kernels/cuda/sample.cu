@@ -21,7 +21,8 @@ struct sampling_block {
     struct order order;
     unsigned long long candidate[MOST_BEST]; /* ranked() */
     unsigned long long warp_best[32], warp_mass[32];
-    double log_sum;
+    double log_sum; /* these two are thread 0's, kept out of its registers */
+    int chosen;
 };
 
 /* A key that ranks values and, among equals, the lower id higher; below 2^32 for what is not a number. */
@@ -153,7 +154,7 @@ __device__ static int draw(struct order *o, const struct sampling_row *row, cons
     __syncthreads();
     unsigned long long mass = total;
     if (!mass) return -1;
-    struct group last = {0, 0, 0, 0, 0, 0};
+    struct group last = {0, 0, 0, 0, 0};
     for (int cut = TOP_K; cut <= DRAW; cut++) { /* a loop: cut_order's code is long and stands here once */
         unsigned long long target = (unsigned long long)p->top_k;
         if (cut == TOP_K && (p->top_k <= 0 || p->top_k >= count)) continue;
@@ -265,12 +266,14 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
         row.adjusted = scratch + blockIdx.x * scratch_pitch(n) + (uintptr_t)logits / sizeof *logits % 4;
     }
     const unsigned long long best = score(&block, &row, p);
-    int chosen = best ? ranked_id(best) : 0;
+    const int first = best ? ranked_id(best) : 0;
+    if (threadIdx.x == 0) block.chosen = first;
     if (p->temperature >= LEAST_TEMPERATURE && best) {
-        const int drawn = draw(&block.order, &row, p, row.scored[chosen], state.position[slot] + 1);
-        chosen = drawn >= 0 ? drawn : chosen;
+        const int drawn = draw(&block.order, &row, p, row.scored[first], state.position[slot] + 1);
+        if (threadIdx.x == 0 && drawn >= 0) block.chosen = drawn;
     }
     if (threadIdx.x) return;
+    const int chosen = block.chosen;
     int32_t *token_count = state.token_count + (int64_t)slot * n + chosen;
     state.position[slot]++;
     state.next_token[slot] = chosen;

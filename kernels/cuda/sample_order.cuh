@@ -31,8 +31,9 @@ struct order {
     int n_listed;
     unsigned long long warp_mass[32];
     int warp_count[32];
-    unsigned long long found_mass, found_mass_above;
-    int found_digit, found_count, found_count_above;
+    unsigned long long target; /* what is left of it: thread 0 writes, barriers lie between */
+    unsigned long long found_above, found_mass, found_mass_above;
+    int found_digit, found_count;
 };
 
 /* What a thread holds of bin number n_bins - 1 - its own: its members, and those of this and all higher bins. */
@@ -45,7 +46,6 @@ struct bin {
 struct group {
     unsigned long long prefix;
     int shift, count; /* count 0: not known */
-    int count_above;
     unsigned long long mass, mass_above;
 };
 
@@ -192,23 +192,26 @@ __device__ static struct bin rank_bins(struct order *o, int n_bins)
     return b;
 }
 
-/* Narrows the group to the bin in which its count or mass reaches `target`, 1 up to what the bins hold in all. */
+/* Narrows the group to the bin in which its count or mass reaches the target, 1 up to what the bins hold in all, and
+ * takes off the target what ranks above the bin. */
 __device__ static void enter_bin(struct order *o, const struct bin *b, int bits, int n_bins, bool by_mass,
-                                 unsigned long long target, struct group *g)
+                                 struct group *g)
 {
     const unsigned long long upto = by_mass ? b->mass_upto : (unsigned long long)b->count_upto;
     const unsigned long long here = by_mass ? b->mass : (unsigned long long)b->count;
-    __syncthreads(); /* what was found before has been read */
+    __syncthreads(); /* what was found before has been read, and the target is written */
+    const unsigned long long target = o->target;
     if (upto >= target && upto - here < target) {
         o->found_digit = n_bins - 1 - (int)threadIdx.x;
         o->found_mass = b->mass, o->found_mass_above = b->mass_upto - b->mass;
-        o->found_count = b->count, o->found_count_above = b->count_upto - b->count;
+        o->found_count = b->count, o->found_above = upto - here;
     }
     __syncthreads();
+    if (threadIdx.x == 0) o->target = target - o->found_above;
     g->prefix = g->prefix << bits | (unsigned)o->found_digit;
     g->shift -= bits;
     g->mass = o->found_mass, g->mass_above += o->found_mass_above;
-    g->count = o->found_count, g->count_above += o->found_count_above;
+    g->count = o->found_count;
 }
 
 /* ---- cuts ---- */
@@ -261,8 +264,9 @@ __device__ static int only_member(struct order *o, struct order_row *r, struct g
 __device__ static struct group cut_order(struct order *o, struct order_row *r, const struct bin *first, bool by_mass,
                                          unsigned long long target)
 {
-    struct group g = {0, r->id_bits + FIRST_SHIFT, 0, 0, 0, 0};
-    enter_bin(o, first, 0, FIRST_BINS, by_mass, target, &g);
+    struct group g = {0, r->id_bits + FIRST_SHIFT, 0, 0, 0};
+    if (threadIdx.x == 0) o->target = target;
+    enter_bin(o, first, 0, FIRST_BINS, by_mass, &g);
     while (g.count != 1) {
         const bool listed = list_members(o, r, &g);
         if (g.count == 1 || g.shift == 0) break;
@@ -277,8 +281,7 @@ __device__ static struct group cut_order(struct order *o, struct order_row *r, c
         }
         __syncthreads();
         const struct bin b = rank_bins(o, 1 << bits);
-        enter_bin(o, &b, bits, 1 << bits, by_mass,
-                  target - (by_mass ? g.mass_above : (unsigned long long)g.count_above), &g);
+        enter_bin(o, &b, bits, 1 << bits, by_mass, &g);
     }
     return g;
 }
