@@ -1,10 +1,10 @@
 /* Decode attention: one query row a sequence over its lane, bound by reading K and V once.
  *
- * A lane is cut into pieces of c->split_tokens tokens, fixed by the configuration. decode_begin lists the pieces of all
- * lanes at the start of a step; a persistent grid walks the list of a layer. A block of four warps takes a piece, a
- * warp 16 tokens at a time, straight from the pages into registers (attention_stream.cu brings them through shared
- * memory instead, where there is hardware for it). The block that finishes a lane's last piece adds the pieces up, in
- * their order: the result depends on the lane alone. */
+ * A lane is cut into even pieces of at most c->split_tokens tokens, fixed by the configuration. decode_begin lists the
+ * pieces of all lanes at the start of a step; a persistent grid walks the list of a layer. A block of four warps takes
+ * a piece, a warp 16 tokens at a time, straight from the pages into registers (attention_stream.cu brings them through
+ * shared memory instead, where there is hardware for it). The block that finishes a lane's last piece adds the pieces
+ * up, in their order: the result depends on the lane alone. */
 #include "kernels/cuda/attention_decode.cuh"
 
 __global__ static void __launch_bounds__(256)
@@ -23,6 +23,7 @@ __global__ static void __launch_bounds__(256)
         const int length = s >= 0 && s < kv.n_slots ? kv.lane_len[cache_lane(kv, s, lane)] + 1 : 0;
         int n = (length + split_tokens - 1) / split_tokens;
         if (n > MOST_SPLITS) n = MOST_SPLITS; /* a full lane, reported by kv_append */
+        if (n > 0) n = (length + piece_tokens(length, n) - 1) / piece_tokens(length, n);
         int upto = n;
         for (int step = 1; step < 32; step *= 2) {
             int below = __shfl_up_sync(~0u, upto, step);
@@ -121,7 +122,8 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) deco
     wait_for_predecessor();
     clear_padding<T>(a);
     list_ends(a, ends);
-    for (int at = (int)blockIdx.x; at < ends[a.n_kv_heads - 1]; at += (int)gridDim.x) {
+    const int n_items = ends[a.n_kv_heads - 1], end = first_item(n_items, (int)blockIdx.x + 1);
+    for (int at = first_item(n_items, (int)blockIdx.x); at < end; at++) {
         const struct decode_item item = fetch_item(a, ends, at);
         struct gathered<HALVES, PRODUCTS> g;
         uint4 q[PRODUCTS][CHUNKS];
@@ -204,7 +206,6 @@ int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, co
     a.n_kv_heads = heads->n_kv_heads;
     a.group = heads->n_heads / heads->n_kv_heads;
     a.lane = heads->lane;
-    a.split_tokens = c->split_tokens;
     a.capacity = c->work_capacity;
     a.counter_stride = c->limits.max_seqs;
     a.scale = heads->scale * 1.44269504088896f;

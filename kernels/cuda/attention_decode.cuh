@@ -24,7 +24,7 @@ struct decode_arguments {
     void *out;
     int64_t q_stride, out_stride;
     const int32_t *slot;
-    int n_seqs, n_kv_heads, group, lane, split_tokens, capacity, counter_stride;
+    int n_seqs, n_kv_heads, group, lane, capacity, counter_stride;
     float scale;      /* of logits, in powers of two */
     const int4 *item; /* of decode_begin: row, (piece << 8) + pieces - 1, length of the lane, slot */
     const int32_t *count;
@@ -40,6 +40,13 @@ struct decode_item {
     int first, end; /* tokens */
 };
 
+/* Tokens of a piece of a lane of `length` tokens in n pieces: even, in whole tiles of all warps. */
+__device__ static inline int piece_tokens(int length, int n)
+{
+    const int step = WARPS * TILE, even = (length + n - 1) / n;
+    return (even + step - 1) / step * step;
+}
+
 __device__ static inline struct decode_item fetch_item(const struct decode_arguments &a, const int *ends, int linear)
 {
     struct decode_item item;
@@ -50,8 +57,9 @@ __device__ static inline struct decode_item fetch_item(const struct decode_argum
     item.row = listed.x;
     item.split = listed.y >> 8, item.n_splits = (listed.y & 255) + 1;
     item.lane = cache_lane(a.kv, listed.w, a.lane + item.head);
-    item.first = item.split * a.split_tokens;
-    item.end = listed.z - item.first < a.split_tokens ? listed.z : item.first + a.split_tokens;
+    const int tokens = piece_tokens(listed.z, item.n_splits);
+    item.first = item.split * tokens;
+    item.end = listed.z - item.first < tokens ? listed.z : item.first + tokens;
     return item;
 }
 
@@ -337,6 +345,9 @@ template <int HALVES, int PRODUCTS> __device__ static void begin_gathering(struc
 #pragma unroll
     for (int p = 0; p < PRODUCTS; p++) g->top[p][0] = g->top[p][1] = -INFINITY, g->sum[p][0] = g->sum[p][1] = 0;
 }
+
+/* The block's share of a layer's pieces: neighbours, so that short and long ones mix. */
+__device__ static inline int first_item(int n_items, int block) { return (int)((int64_t)n_items * block / gridDim.x); }
 
 /* Running sums of the heads' counts into shared memory; whole block. */
 __device__ static void list_ends(const struct decode_arguments &a, int *ends)

@@ -131,18 +131,18 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2)
     wait_for_predecessor();
     clear_padding<T>(a);
     list_ends(a, ends);
-    const int n_items = ends[a.n_kv_heads - 1];
-    int at = (int)blockIdx.x;
-    if (at >= n_items) return;
+    const int n_items = ends[a.n_kv_heads - 1], end = first_item(n_items, (int)blockIdx.x + 1);
+    int at = first_item(n_items, (int)blockIdx.x);
+    if (at >= end) return;
     struct decode_item item = fetch_item(a, ends, at);
     int pages = pages_from(a, item, 0);
     for (int tile = 0; tile < stages && tile < tiles_of(item); tile++) put_tile(&s, a, item, tile, &pages);
     for (;;) {
         struct gathered<HALVES, PRODUCTS> g;
         uint4 q[PRODUCTS][CHUNKS];
-        const bool more = (at += (int)gridDim.x) < n_items;
+        const bool more = ++at < end;
         /* Where the next piece lies is known before this one ends. */
-        const struct decode_item next = fetch_item(a, ends, more ? at : n_items - 1);
+        const struct decode_item next = fetch_item(a, ends, more ? at : at - 1);
         int next_pages = 0;
         begin_gathering<HALVES, PRODUCTS>(&g);
         load_queries<T, CHUNKS, PRODUCTS>(q, a, item.row, item.head);

@@ -165,8 +165,8 @@ static int download_marked(struct ops *o, void *to_host, const void *from, size_
  * depend on its neighbours. */
 static int choose_split(const struct ops_limits *limits)
 {
-    enum { SHORTEST = 256, MOST_PIECES = 128 };
-    int split = SHORTEST;
+    enum { SHORT = 256, LONG = 512, MANY_SEQUENCES = 16, MOST_PIECES = 256 };
+    int split = limits->max_seqs < MANY_SEQUENCES ? SHORT : LONG; /* few lanes need many pieces to fill the device */
     while ((limits->max_context + split - 1) / split > MOST_PIECES) split *= 2;
     return split;
 }

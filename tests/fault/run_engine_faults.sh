@@ -5,7 +5,7 @@
 # `short` is one case of each kind, for slow builds; CASES is an extended regular expression that selects some. Ends in
 # "N passed, N failed".
 . "$(dirname "$0")/../e2e/e2e.sh"
-short='' cases=${4:-.} n_workers=4
+short='' cases=${4:-.} n_workers=${FAULT_WORKERS:-4}
 [ "$cases" != short ] || short=yes cases=. n_workers=2
 options="--config $demo --log-level error"
 long_answer="--prompt hello --max-tokens 3900 --ignore-eos"
@@ -99,18 +99,18 @@ list_cases() {
         return
     fi
     for action in stop hang kill exit error; do
-        for phase in start config request device open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load ready; do
             for rank in 0 1; do echo "start 2 $rank $phase $action generate $options --prompt x"; done
         done
     done
     for action in kill error; do
-        for phase in start config request device open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load ready; do
             for rank in 0 1 2; do echo "start 3 $rank $phase $action generate $options --prompt x"; done
         done
     done
     rank=0
     for action in stop hang exit; do
-        for phase in start config request device open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load ready; do
             echo "start 3 $rank $phase $action generate $options --prompt x"
             rank=$(((rank + 1) % 3))
         done
