@@ -124,7 +124,7 @@ int comm_all_reduce_add_norm(struct comm *c, struct tensor x, struct tensor resi
 /* ---- control plane, host memory; collective ---- */
 
 /* comm_broadcast - root's n bytes to all; any n (large ones go in pieces). comm_broadcast_idle - the same for the
- * wait between steps: receivers back off to naps of 1 ms (4 ms when long idle), so that an idle rank costs under 2% of
+ * wait between steps: receivers back off to naps of up to 6.4 ms, so that an idle rank costs under 2% of
  * a core. */
 int comm_broadcast(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;
 int comm_broadcast_idle(struct comm *c, void *buf, size_t n, int root) MUST_CHECK;

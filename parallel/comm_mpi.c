@@ -37,18 +37,18 @@ static int mpi_error(struct comm *c, const char *what, int error)
     FAIL(ERR_COMM, "MPI %s on rank %d%s%s: %s", what, c->rank, c->phase[0] ? " in " : "", c->phase, text);
 }
 
-/* back_off - between steps: yield for a while, then nap for 50 us, doubling to 1 ms; after half a second of nothing
- * 4 ms, since a nap and a test cost up to 60 us of a slow or virtual core, which would be 3% of it at 2 ms. */
+/* back_off - between steps: yield for a while, then naps that grow by a sixty-fourth of the time waited so far, from
+ * 50 us to 6.4 ms: a nap and a test cost up to 60 us of a slow or virtual core, and 2% of it is all that waiting may
+ * take. */
 static void back_off(unsigned round)
 {
-    enum { YIELDS = 100, ROUNDS_A_STEP = 16, LONG_WAIT = 600 };
+    enum { YIELDS = 100, ROUNDS_A_DOUBLING = 44, MOST_DOUBLINGS = 7 };
     if (round < YIELDS) {
         sched_yield();
         return;
     }
-    unsigned doublings = (round - YIELDS) / ROUNDS_A_STEP;
-    long ns = doublings < 5 ? 50000L << doublings : round < LONG_WAIT ? 1000000 : 4000000;
-    struct timespec t = {.tv_nsec = ns};
+    unsigned doublings = (round - YIELDS) / ROUNDS_A_DOUBLING;
+    struct timespec t = {.tv_nsec = 50000L << (doublings < MOST_DOUBLINGS ? doublings : MOST_DOUBLINGS)};
     nanosleep(&t, NULL);
 }
 
