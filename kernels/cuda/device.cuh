@@ -87,6 +87,15 @@ __device__ inline void mma_16816<__half>(float *d, uint32_t a0, uint32_t a1, uin
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* The generator of base/hash.h on the device. */
+__device__ static inline uint64_t splitmix(uint64_t x)
+{
+    uint64_t z = x + 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
 /* 2^x; 0 for minus infinity. */
 __device__ static inline float power_of_2(float x)
 {

@@ -148,14 +148,6 @@ int cuda__image_patches(struct ops *o, struct tensor y, const uint8_t *pixels, i
 
 /* ---- random weights: the same numbers as kernels/cpu/fill.c ---- */
 
-__device__ static uint64_t splitmix(uint64_t x)
-{
-    uint64_t z = x + 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-
 template <typename T>
 __global__ static void fill_normal_kernel(T *w, int64_t stride, int64_t rows, int64_t cols, uint64_t key, float std,
                                           int64_t first_row, int64_t first_column, int64_t whole_columns)

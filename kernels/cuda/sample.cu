@@ -128,14 +128,6 @@ __device__ static struct bin weigh(struct order *o, const struct sampling_row *r
     return rank_bins(o, FIRST_BINS);
 }
 
-__device__ static uint64_t splitmix(uint64_t x)
-{
-    uint64_t z = x + 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-
 /* A number in [0, 1) that depends on seed and position alone. */
 __device__ static double uniform(uint64_t seed, int32_t position)
 {

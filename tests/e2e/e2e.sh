@@ -15,7 +15,8 @@ out=$work/out err=$work/err
 : >"$out" && : >"$err"
 mark=e2e-$$-$(date +%s%N)
 n_passed=0 n_failed=0
-demo=configs/demo.yaml
+# On a GPU host VITRAIL_TEST_DEVICE=cuda, with as many GPUs as ranks.
+demo="configs/demo.yaml --device ${VITRAIL_TEST_DEVICE:-cpu}"
 images=models/demo-vlm/dev-eval/images
 
 now_ms() { date +%s%3N; }
