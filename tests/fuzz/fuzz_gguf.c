@@ -18,8 +18,10 @@ static void check_tensor(const struct gguf *g, const struct gguf_tensor *t, cons
     if (t->offset > size || t->bytes > size - t->offset || gguf_find(g, t->name) != t) abort();
     gguf_llama_name(t->name, name);
     if (!gguf_llama_permuted_heads(g, t, &heads) && heads > 0 && t->dim[0] % (2 * heads)) abort();
+    for (int i = 0; i < t->n_dims; i++)
+        if (t->dim[i] == 0) return; /* nothing to read, however large the others are */
     for (int i = 0; i < t->n_dims; i++) n *= t->dim[i];
-    if (t->type == STORAGE_OTHER || n == 0) return;
+    if (t->type == STORAGE_OTHER) return;
     dequant_to_float(t->type, data + t->offset, 0, 1, &first);
     dequant_to_float(t->type, data + t->offset, n - 1, 1, &last);
 }
