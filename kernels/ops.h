@@ -8,7 +8,9 @@
  *
  * Activations (x, y, q, k, v, out), logits and the KV cache have one activation dtype, o->dtype (float32 on CPU).
  * Weights (w) are float32, float16 or bfloat16 and are widened on use; accumulation is float32. Vectors of norms and
- * biases are float32. Row-major everywhere. */
+ * biases are float32. Row-major everywhere. On GPUs weights have the activations' dtype, and q, k, v of attention heads
+ * in steps of 8 dimensions up to 128, rows in steps of 8 elements, pages in steps of 16 tokens: ERR_UNSUPPORTED beyond.
+ */
 #ifndef VITRAIL_KERNELS_OPS_H
 #define VITRAIL_KERNELS_OPS_H
 

@@ -124,14 +124,20 @@ bool cuda__gemv_fits(const struct cuda *c, struct tensor y, struct tensor x, str
            ((uint64_t)w.data | (uint64_t)x.data) % 16 == 0;
 }
 
-int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
+static struct gemv_arguments arguments_of(struct tensor y, struct tensor x, struct tensor w, const float *bias)
 {
     struct gemv_arguments a = {};
     a.w = w.data, a.w_stride = w.stride[0];
     a.x = x.data, a.x_stride = x.stride[0];
     a.y = y.data, a.y_stride = y.stride[0];
     a.bias = bias;
-    a.n_out = (int)w.dim[0], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
+    a.n_out = (int)y.dim[1], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
+    return a;
+}
+
+int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
+{
+    const struct gemv_arguments a = arguments_of(y, x, w, bias);
     const dim3 grid((unsigned)(a.n_out + GEMV_ROWS - 1) / GEMV_ROWS), block(GEMV_WARPS * 32);
     if (y.dtype == DTYPE_F32)
         WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv", gemv_kernel<T, float, false>, grid, block, 0, a));
@@ -140,12 +146,7 @@ int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w,
 
 int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
 {
-    struct gemv_arguments a = {};
-    a.w = w.data, a.w_stride = w.stride[0];
-    a.x = x.data, a.x_stride = x.stride[0];
-    a.y = y.data, a.y_stride = y.stride[0];
-    a.bias = bias;
-    a.n_out = (int)y.dim[1], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
+    const struct gemv_arguments a = arguments_of(y, x, w, bias); /* of w's rows y has half */
     const dim3 grid((unsigned)(a.n_out + 7) / 8), block(GEMV_WARPS * 32);
     WITH_TYPE(w.dtype, T, return cuda__launch(o, "gemv_swiglu", gemv_kernel<T, T, true>, grid, block, 0, a));
 }
@@ -169,12 +170,7 @@ template <typename T, typename Out> __global__ static void plain_kernel(struct g
 
 int cuda__linear_plain(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
 {
-    struct gemv_arguments a = {};
-    a.w = w.data, a.w_stride = w.stride[0];
-    a.x = x.data, a.x_stride = x.stride[0];
-    a.y = y.data, a.y_stride = y.stride[0];
-    a.bias = bias;
-    a.n_out = (int)w.dim[0], a.n_in = (int)w.dim[1], a.n_rows = (int)x.dim[0];
+    const struct gemv_arguments a = arguments_of(y, x, w, bias);
     const dim3 grid((unsigned)(a.n_out + 127) / 128, (unsigned)(a.n_rows < 4096 ? a.n_rows : 4096)), block(128);
     if (y.dtype == DTYPE_F32)
         WITH_TYPE(w.dtype, T, return cuda__launch(o, "linear", plain_kernel<T, float>, grid, block, 0, a));

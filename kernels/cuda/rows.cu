@@ -81,10 +81,10 @@ int cuda__decode_inputs(struct ops *o, int32_t *ids, int32_t *position, const in
 }
 
 /* The ranks' counts travel as a launch argument. */
+enum { MOST_RANKS = 64 };
 struct shard_columns {
-    enum { MOST = 64 } unused;
     int n;
-    int32_t first[MOST + 1];
+    int32_t first[MOST_RANKS + 1];
 };
 
 __global__ static void unshard_kernel(char *y, int64_t y_stride, const char *shards, int64_t rank_stride,
@@ -103,9 +103,8 @@ int cuda__unshard_columns(struct ops *o, struct tensor y, struct tensor shards, 
     struct shard_columns columns = {};
     const int64_t element = (int64_t)dtype_size(y.dtype);
     columns.n = (int)shards.dim[0];
-    if (columns.n > shard_columns::MOST)
-        FAIL(ERR_UNSUPPORTED, "ops_unshard_columns: %d ranks, the GPU serves at most %d", columns.n,
-             (int)shard_columns::MOST);
+    if (columns.n > MOST_RANKS)
+        FAIL(ERR_UNSUPPORTED, "ops_unshard_columns: %d ranks, the GPU serves at most %d", columns.n, (int)MOST_RANKS);
     for (int r = 0; r < columns.n; r++) columns.first[r + 1] = columns.first[r] + host_count[r];
     return cuda__launch(o, "unshard_columns", unshard_kernel, dim3((unsigned)y.dim[0], (unsigned)columns.n), dim3(512),
                         0, (char *)y.data, y.stride[0] * element, (const char *)shards.data, shards.stride[0] * element,
