@@ -79,6 +79,21 @@ struct attention_probe {
     int64_t *kept;     /* [n_heads] entries at or above the threshold; NULL: not wanted */
 };
 
+/* Rows of scores that share one budget: see ops_split_budgets. */
+struct budget_group {
+    int first_row, n_rows;
+    int n_columns; /* only these take part, the first of each row */
+    int own, total;
+};
+
+/* The entries of lanes that a decode step attends to, device: list r * n_kv_heads + h for row r and KV head h of the
+ * layer. */
+struct kv_list {
+    const int32_t *entry; /* [n_rows * n_kv_heads, stride] entries of the lane, each once, in any order */
+    const int32_t *count; /* [n_rows * n_kv_heads] how many, at most stride; < 0: the whole lane */
+    int stride;
+};
+
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 /* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
@@ -167,6 +182,9 @@ struct ops_vt {
     int (*decode_begin)(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
     int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                             const struct kv_view *kv, const struct attention_heads *heads);
+    int (*attention_decode_listed)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                   const struct kv_view *kv, const struct attention_heads *heads,
+                                   const struct kv_list *list);
     int (*attention_probe)(struct ops *o, struct tensor q, const struct kv_view *kv,
                            const struct attention_heads *heads, const struct attention_probe *probe);
     /* cache */
@@ -182,6 +200,9 @@ struct ops_vt {
     /* selection and sampling */
     int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                       const int *window);
+    int (*split_budgets)(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
+                         int n_groups);
+    int (*average_pool)(struct ops *o, struct tensor y, struct tensor x, int width);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
@@ -306,6 +327,11 @@ int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct 
  * row's result does not depend on the other rows of the batch. */
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                          const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
+/* ops_attention_decode_listed - the same over the listed entries of each lane alone; what the list does not name is
+ * never read. */
+int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                const struct kv_view *kv, const struct attention_heads *heads,
+                                const struct kv_list *list) MUST_CHECK;
 /* ops_attention_probe - see struct attention_probe. q [n_rows, n_heads, head_dim] post-RoPE; keys are read from the
  * lane, which still holds the whole prompt in order. column_sum and kept are written, not added to. */
 int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
@@ -334,6 +360,15 @@ int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK
  * scores: the lower position wins. */
 int ops_select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                    const int *window) MUST_CHECK;
+/* ops_split_budgets - for each group of rows of score [rows, n] float32: every row gets its best `own` of the group's
+ * n_columns first columns, and all other entries of the group compete for the total - n_rows * own that are left;
+ * count[row] (device [rows]) = how many entries of the row are in. Equal scores: the lower row, then the lower column
+ * wins. group: host; n_rows * own <= total <= n_rows * n_columns. Rows in no group are left alone. */
+int ops_split_budgets(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
+                      int n_groups) MUST_CHECK;
+/* ops_average_pool - y[r, j] = (x[r, j - width / 2] + ... + x[r, j + width / 2]) / width, columns outside x being 0.
+ * y, x [rows, n] float32 that do not overlap, row strides free; width odd. */
+int ops_average_pool(struct ops *o, struct tensor y, struct tensor x, int width) MUST_CHECK;
 /* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).

@@ -71,11 +71,19 @@ bool pages_reserve(struct pages *p, int slot, int length)
     return true;
 }
 
-void pages_resize(struct pages *p, int slot, const int *length, int extra)
+/* Pages of `heads` lanes of `length` tokens each, or of as many tokens in uneven parts. */
+static int64_t pages_of_heads(const struct pages *p, int64_t heads, int length, bool uneven)
+{
+    if (!uneven) return heads * pages_of(p, length);
+    return (heads * length + heads * (p->page_size - 1)) / p->page_size;
+}
+
+void pages_resize(struct pages *p, int slot, const int *length, int extra, bool uneven)
 {
     for (int r = 0; r < p->n_ranks; r++) {
         int64_t need = 0, *had = &p->reserved[slot * p->n_ranks + r];
-        for (int l = 0; l < p->n_layers; l++) need += p->heads[r * p->n_layers + l] * pages_of(p, length[l] + extra);
+        for (int l = 0; l < p->n_layers; l++)
+            need += pages_of_heads(p, p->heads[r * p->n_layers + l], length[l] + extra, uneven);
         if (need > *had) need = *had;
         p->free[r] += *had - need;
         *had = need;

@@ -25,8 +25,9 @@ bool pages_fits(const struct pages *pages, int length);
  */
 bool pages_reserve(struct pages *pages, int slot, int length);
 
-/* pages_resize - changes a slot's reservation to `length[l] + extra` tokens in layer l; never above what it had. */
-void pages_resize(struct pages *pages, int slot, const int *length, int extra);
+/* pages_resize - changes a slot's reservation to `length[l] + extra` tokens in layer l; never above what it had.
+ * uneven: a rank's heads share that many a head in any parts, so that each may waste most of a page. */
+void pages_resize(struct pages *pages, int slot, const int *length, int extra, bool uneven);
 
 /* pages_release - gives a slot's reservation back. pages_free - of the rank that has the fewest. */
 void pages_release(struct pages *pages, int slot);

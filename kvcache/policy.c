@@ -6,7 +6,8 @@
 
 #include "base/nearest.h"
 
-static const struct policy_vt *const policies[] = {&policy_full, &policy_vl_cache};
+static const struct policy_vt *const policies[] = {&policy_full,       &policy_vl_cache,      &policy_snapkv,
+                                                   &policy_pyramid_kv, &policy_streaming_llm, &policy_random};
 enum { N_POLICIES = sizeof policies / sizeof *policies };
 
 /* The policy that keeps everything: no hooks. */
@@ -82,7 +83,18 @@ void policy_close(struct policy *policy)
 
 bool policy_runs(const struct policy *policy, const struct policy_sequence *sequence)
 {
-    return policy->vt->prefill_end && kv_budget_share(sequence->budget, sequence->prompt_tokens) < 1.0;
+    return policy->vt->open && kv_budget_share(sequence->budget, sequence->prompt_tokens) < 1.0;
+}
+
+int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence)
+{
+    return policy->vt->judging_rows ? policy->vt->judging_rows(policy, sequence) : 1;
+}
+
+int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n)
+{
+    if (policy->env.comm->size == 1) return OK;
+    return comm_all_reduce_sum(policy->env.comm, tensor_1d(scores, DTYPE_I64, n), policy->env.ops->stream);
 }
 
 int policy_sum_counts(struct policy *policy, int64_t *counts, int n)

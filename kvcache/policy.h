@@ -1,9 +1,10 @@
-/* policy - what decides which tokens of a prompt stay in the KV cache. A policy decides, kvcache/kv.h executes.
+/* policy - what decides which tokens of a prompt stay in the KV cache, and which of them a decode step reads. A policy
+ * decides, the cache's ops execute.
  *
- * A policy is a table of optional hooks; `full` is the table with none. It sees this rank's heads, the op table and one
- * reduction over ranks (exact integer counts); it knows no rank number and no vendor header. What must be equal on all
- * ranks (budgets, and so lane lengths and page counts) may only follow from reduced integers; which tokens a lane keeps
- * is each rank's own business. */
+ * A policy is a table of optional hooks; `full` is the table with none. It sees this rank's heads, the op table and two
+ * reductions over ranks (exact integers: counts on the host, scores on the device); it knows no rank number and no
+ * vendor header. What must be equal on all ranks (budgets, and so lane lengths and page counts; rows that leave the
+ * residual stream) may only follow from reduced integers; which tokens a lane keeps is each rank's own business. */
 #ifndef VITRAIL_KVCACHE_POLICY_H
 #define VITRAIL_KVCACHE_POLICY_H
 
@@ -43,23 +44,45 @@ struct vl_cache_options {
 };
 void vl_cache_options_default(struct vl_cache_options *options);
 
+/* How a layer's budget is split over its KV heads: alike, or by Ada-KV (arXiv 2407.11550). */
+enum kv_heads { KV_HEADS_EQUAL, KV_HEADS_ADAPTIVE };
+
+/* Options of the baselines; defaults in the configuration's table are ALGORITHMS.md section 5's. */
+struct snapkv_options {
+    int window; /* newest rows that judge, and newest tokens that stay, 32 */
+    int kernel; /* width of the average over neighbouring scores, 5 (odd) */
+};
+struct pyramid_kv_options {
+    int window, kernel; /* as SnapKV's */
+    double beta;        /* the last layer's part of the mean budget is 1 / beta, 20 */
+};
+struct streaming_llm_options {
+    int sinks; /* first tokens that stay, 4 */
+};
+
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
     char policy[32]; /* name in the registry */
     struct kv_budget budget;
+    int heads;          /* enum kv_heads */
+    double heads_floor; /* adaptive: the part of an equal share that no head gets less than, 0.2 */
     struct vl_cache_options vl_cache;
+    struct snapkv_options snapkv;
+    struct pyramid_kv_options pyramid_kv;
+    struct streaming_llm_options streaming_llm;
 };
 
 /* This rank's share of one layer. */
 struct policy_layer {
     struct attention_heads heads;
-    bool counted; /* this rank's heads enter sums over ranks; false on all but the lowest of several replicas */
+    int first_kv_head; /* number of the first of them over all ranks: what seeds are keyed by */
+    bool counted;      /* this rank's heads enter sums over ranks; false on all but the lowest of several replicas */
 };
 
 /* What a policy is opened with; valid for its life. */
 struct policy_env {
     struct ops *ops;
-    struct comm *comm; /* for policy_sum_counts alone */
+    struct comm *comm; /* for policy_sum_counts and policy_sum_scores alone */
     const struct kv_view *kv;
     const struct policy_layer *layers; /* [n_layers] */
     int n_layers;
@@ -79,20 +102,39 @@ struct policy_sequence {
     } * spans;
     int last_turn_start; /* first token of the last user turn */
     struct kv_budget budget;
+    uint64_t seed; /* the request's: of random choices, equal on all ranks */
 };
 
 /* What a layer's prefill offers: q of the sequence's newest rows, post-RoPE. */
 struct policy_prefill {
     int layer;
     struct tensor q;    /* [n_rows, n_heads, head_dim], the last n_rows rows of the prompt */
-    int first_position; /* position of q's first row */
+    int first_position; /* entry of the lane that q's first row belongs to: its position, unless rows have left */
+};
+
+/* The prompts of a step between two layers, for a policy that lets rows leave the residual stream. */
+struct policy_narrow {
+    int layer; /* the one that just ended */
+    int n_seqs;
+    const struct policy_sequence *sequence; /* [n_seqs] */
+    const int32_t *cu_seqlens;              /* [n_seqs + 1] host: rows of each */
+    int32_t *new_cu_seqlens;                /* [n_seqs + 1] host, out: rows that stay; all: nothing happens */
+    int32_t *row_index;                     /* [rows] device, out: the ascending rows that stay, where some leave */
+};
+
+/* A decode step's rows in one layer, after their K and V were appended. */
+struct policy_decode {
+    int layer;
+    struct tensor out, q; /* [n, n_heads, head_dim] */
+    const struct seq_batch *batch;
 };
 
 /* A policy's decision for one sequence: per lane of its slot on this rank (layers in order, KV heads within them) the
- * ascending entries to keep, k of the lane's layer of them. */
+ * ascending entries to keep. */
 struct policy_keep {
     const int32_t *index; /* [lanes, stride] device; valid until the next sequence's decision */
     int stride;
+    const int32_t *n_keep; /* [lanes] host: how many each keeps */
 };
 
 struct policy;
@@ -103,15 +145,27 @@ struct policy_vt {
     int (*open)(struct policy *policy, struct arena *arena);
     void (*close)(struct policy *policy);
     /* Judging rows of a prompt: the policy wants q of positions [first, m). Used to cut chunks so that the last holds
-     * them. */
+     * them. NULL: one. */
     int (*judging_rows)(const struct policy *policy, const struct policy_sequence *sequence);
     /* After each layer's attention of the chunk that ends the prompt. */
     int (*prefill_layer)(struct policy *policy, const struct policy_sequence *sequence,
                          const struct policy_prefill *in);
-    /* After the last layer: budgets for all layers (host). Collective over ranks. */
+    /* After each layer of a step with prompts: which rows go on. Collective over ranks. */
+    int (*narrow)(struct policy *policy, const struct policy_narrow *in);
+    /* After the last layer: budgets for all layers, k [n_layers] (host), the mean over a layer's KV heads where heads
+     * are adaptive; equal on all ranks. Collective over ranks. Absent: the policy evicts nothing. */
     int (*prefill_end)(struct policy *policy, const struct policy_sequence *sequence, int *k);
-    /* The keep lists of all layers, given their k [n_layers], at most prompt_tokens. */
+    /* The keep lists of all layers, given their k [n_layers], at most prompt_tokens. Absent: the lanes stay as they
+     * are. */
     int (*select)(struct policy *policy, const struct policy_sequence *sequence, const int *k, struct policy_keep *out);
+    /* After the lanes were packed: what a policy with a decode hook sets up for the slot. */
+    int (*begin_decode)(struct policy *policy, const struct policy_sequence *sequence);
+    /* In place of a layer's decode attention. Device work only, and the same for every step of a bucket: it is
+     * captured. A row with slot < 0 is padding, out 0; a slot whose policy does not run (policy_runs) reads its whole
+     * lane. Absent: the whole lane is read. */
+    int (*decode_attention)(struct policy *policy, const struct policy_decode *in);
+    /* After each decode step, outside of what is captured: slot [n] (host) has each got one more token. Collective. */
+    int (*decode_end)(struct policy *policy, const int32_t *slot, int n);
 };
 
 struct policy {
@@ -135,10 +189,16 @@ void policy_close(struct policy *policy);
 /* policy_runs - false where the budget keeps all tokens of an m-token prompt, or the policy has no hooks. */
 bool policy_runs(const struct policy *policy, const struct policy_sequence *sequence);
 
-/* policy_sum_counts - sums n int64 (host) over ranks, exactly. Collective. */
+/* policy_judging_rows - the hook's number, or 1. */
+int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence);
+
+/* policy_sum_counts - sums n int64 (host) over ranks, exactly. policy_sum_scores - the same for device memory, in the
+ * stream's order. Collective. */
 int policy_sum_counts(struct policy *policy, int64_t *counts, int n) MUST_CHECK;
+int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CHECK;
 
 /* Registered tables. */
-extern const struct policy_vt policy_full, policy_vl_cache;
+extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
+    policy_random;
 
 #endif

@@ -82,6 +82,10 @@ static int set_key(struct parser *p, const struct config_key *key, const char *n
     snprintf(where, sizeof where, "--%s", name);
     if (out->command->lists && (policy || budget)) {
         *(policy ? &out->policies : &out->budgets) = value;
+        if (policy && strlen(value) >= sizeof out->config.other_policies)
+            FAIL(ERR_CONFIG, "%s: a list of %zu bytes, at most %zu are taken", where, strlen(value),
+                 sizeof out->config.other_policies - 1);
+        if (policy) snprintf(out->config.other_policies, sizeof out->config.other_policies, "%s", value);
         snprintf(first, sizeof first, "%.*s", (int)strcspn(value, ","), value);
         value = first;
     }

@@ -28,7 +28,6 @@ struct model {
     int32_t *ids, *position, *slot, *cu_seqlens, *row_index;
     int32_t *host_index; /* [T] scratch for indices on their way up */
     int32_t *host_slot;  /* [S] the same for slots */
-    int32_t *n_keep;     /* [lanes] tokens to keep, host */
     int n_rows;
     void (*watch)(void *arg, struct tensor logits);
     void *watch_arg;
@@ -41,7 +40,9 @@ static int open_layers(struct model *m)
     m->layers = calloc((size_t)m->dims.n_layers, sizeof *m->layers);
     if (!m->layers) FAIL(ERR_NOMEM, "model: out of memory");
     for (int l = 0; l < m->dims.n_layers; l++)
-        m->layers[l] = (struct policy_layer){m->weights.layers[l].heads, m->weights.layers[l].counted};
+        m->layers[l] = (struct policy_layer){.heads = m->weights.layers[l].heads,
+                                             .first_kv_head = m->weights.layers[l].first_kv_head,
+                                             .counted = m->weights.layers[l].counted};
     return OK;
 }
 
@@ -60,8 +61,7 @@ int model_open(const struct model_dims *dims, const struct model_options *option
     TRY(open_layers(m));
     m->host_index = calloc((size_t)m->n_rows, sizeof *m->host_index);
     m->host_slot = calloc((size_t)options->max_seqs, sizeof *m->host_slot);
-    m->n_keep = calloc((size_t)m->weights.lanes + 1, sizeof *m->n_keep);
-    if (!m->host_index || !m->host_slot || !m->n_keep) FAIL(ERR_NOMEM, "model: out of memory");
+    if (!m->host_index || !m->host_slot) FAIL(ERR_NOMEM, "model: out of memory");
     m->vision =
         (struct vision){.dims = &m->dims, .weights = &m->weights, .tp = &m->tp, .max_images = options->max_images};
     memcpy(m->vision.scale, options->pixel_scale, sizeof m->vision.scale);
@@ -77,7 +77,6 @@ void model_close(struct model *m)
     free(m->layers);
     free(m->host_index);
     free(m->host_slot);
-    free(m->n_keep);
     free(m);
 }
 
@@ -291,7 +290,7 @@ static int observe_layer(const struct prefill *in, struct policy *policy, int la
 {
     for (int i = 0; i < in->n_seqs; i++) {
         if (!in->ends[i] || !policy_runs(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
-        int rows = policy->vt->judging_rows(policy, &in->sequence[i]), end = in->cu_seqlens[i + 1];
+        int rows = policy_judging_rows(policy, &in->sequence[i]), end = in->cu_seqlens[i + 1];
         struct policy_prefill seen = {.layer = layer,
                                       .q = tensor_rows(q, end - rows, rows),
                                       .first_position = in->sequence[i].prompt_tokens - rows};
@@ -305,14 +304,13 @@ static int compress(struct model *m, const struct policy_sequence *sequence, str
                     const struct kv_view *kv, int *k)
 {
     struct policy_keep keep;
-    int lane = 0;
     for (int l = 0; l < m->dims.n_layers; l++) k[l] = sequence->prompt_tokens;
-    if (!policy_runs(policy, sequence)) return OK;
-    TRY(policy->vt->prefill_end(policy, sequence, k));
-    TRY(policy->vt->select(policy, sequence, k, &keep));
-    for (int l = 0; l < m->dims.n_layers; l++)
-        for (int h = 0; h < m->layers[l].heads.n_kv_heads; h++) m->n_keep[lane++] = k[l];
-    return ops_kv_pack(m->ops, kv, sequence->slot, 0, lane, keep.index, keep.stride, m->n_keep);
+    if (policy_runs(policy, sequence) && policy->vt->prefill_end) TRY(policy->vt->prefill_end(policy, sequence, k));
+    if (policy_runs(policy, sequence) && policy->vt->select) {
+        TRY(policy->vt->select(policy, sequence, k, &keep));
+        TRY(ops_kv_pack(m->ops, kv, sequence->slot, 0, m->weights.lanes, keep.index, keep.stride, keep.n_keep));
+    }
+    return policy->vt->begin_decode ? policy->vt->begin_decode(policy, sequence) : OK;
 }
 
 /* Samples for the prompts that end in this step and compresses their lanes. */
@@ -379,8 +377,17 @@ struct decode_step {
     struct model *model;
     int n;
     const struct kv_view *kv;
+    struct policy *policy;
     const struct sampling_state *sampling;
 };
+
+static int attend(const struct decode_step *step, int layer, const struct attention_views *a,
+                  const struct seq_batch *batch)
+{
+    struct policy_decode in = {.layer = layer, .out = a->out, .q = a->q, .batch = batch};
+    if (step->policy->vt->decode_attention) return step->policy->vt->decode_attention(step->policy, &in);
+    return ops_attention_decode(step->model->ops, a->out, a->q, batch, step->kv, &step->model->layers[layer].heads);
+}
 
 /* Everything of a decode step that runs on the device: what a graph captures. */
 static int decode_body(void *arg)
@@ -396,22 +403,25 @@ static int decode_body(void *arg)
         const struct decoder_layer *w = &m->weights.layers[l];
         struct attention_views a = attention_views(m, &w->heads, step->n);
         TRY(project_and_append(m, w, &a, &batch, step->kv));
-        TRY(ops_attention_decode(m->ops, a.out, a.q, &batch, step->kv, &w->heads));
+        TRY(attend(step, l, &a, &batch));
         TRY(finish_layer(m, w, &a, next_norm(m, l)));
     }
     return sample_rows(m, tensor_rows(m->h, 0, step->n), m->slot, step->sampling);
 }
 
-int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_view *kv,
+int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_view *kv, struct policy *policy,
                  const struct sampling_state *sampling)
 {
     int bucket = ops_bucket(m->ops, n);
     if (bucket > m->options.max_seqs) bucket = m->options.max_seqs;
     for (int i = 0; i < bucket; i++) m->host_index[i] = i < n ? slot[i] : -1;
     TRY(ops_upload(m->ops, m->slot, m->host_index, (size_t)bucket * sizeof(int32_t)));
-    struct decode_step step = {m, bucket, kv, sampling};
-    if (m->watch) return decode_body(&step); /* who watches reads results between the ops */
-    return ops_run_step(m->ops, bucket, decode_body, &step);
+    struct decode_step step = {m, bucket, kv, policy, sampling};
+    if (m->watch) /* who watches reads results between the ops */
+        TRY(decode_body(&step));
+    else
+        TRY(ops_run_step(m->ops, bucket, decode_body, &step));
+    return policy->vt->decode_end ? policy->vt->decode_end(policy, slot, n) : OK;
 }
 
 int model_begin_sequence(struct model *m, int slot, const int32_t *ids, int n, const struct sampling_params *params,

@@ -70,7 +70,7 @@ int model_prefill(struct model *model, const struct prefill *in, const struct kv
                   const struct sampling_state *sampling) MUST_CHECK;
 
 /* model_decode - one token for each of n slots (host [n]) from their next_token; samples the following one. */
-int model_decode(struct model *model, const int32_t *slot, int n, const struct kv_view *kv,
+int model_decode(struct model *model, const int32_t *slot, int n, const struct kv_view *kv, struct policy *policy,
                  const struct sampling_state *sampling) MUST_CHECK;
 
 /* model_begin_sequence - uploads the prompt's ids for penalties and sets a slot's sampling state. */

@@ -129,6 +129,7 @@ static void add_decoder(struct weights_table *t, struct weights *w, int tp_size,
                                                 .head_dim = d->head_dim,
                                                 .lane = w->lanes,
                                                 .scale = 1.0f / sqrtf((float)d->head_dim)};
+        layer->first_kv_head = kv.kv_first;
         layer->counted = kv.counted;
         layer->n_columns = (int)columns.count;
         w->lanes += kv.kv_count;

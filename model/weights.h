@@ -16,6 +16,7 @@
  * absent. */
 struct decoder_layer {
     struct attention_heads heads; /* this rank's; heads.lane counts lanes of the layers before */
+    int first_kv_head;            /* which of all ranks' KV heads its first one is */
     bool counted;                 /* false on all but the lowest replica: its o_proj part is not added */
     int n_columns;                /* f: this rank's MLP columns, may be 0 */
     struct tensor qkv;            /* [(n_heads + 2 n_kv_heads) head_dim, hidden]: q rows, k rows, v rows */

@@ -301,7 +301,7 @@ static int sweep(struct bench *b)
     for (int i = 0; i < b->lists.n_policies; i++) {
         memcpy(policy.policy, b->lists.policy[i], sizeof policy.policy);
         TRY(policy_find(policy.policy, &vt));
-        bool whole = !vt->prefill_end; /* budgets mean nothing to a policy without hooks */
+        bool whole = !vt->open; /* budgets mean nothing to a policy without hooks */
         for (int j = 0; j < (whole ? 1 : b->lists.n_budgets); j++) {
             if (liveness_stop_requested(b->options->liveness)) return OK;
             policy.budget = whole ? (struct kv_budget){1, 0} : b->lists.budget[j];

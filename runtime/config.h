@@ -25,7 +25,6 @@ enum config_dtype {
     CONFIG_DTYPE_FP8,
     CONFIG_DTYPE_INT8
 };
-enum config_heads { CONFIG_HEADS_EQUAL, CONFIG_HEADS_ADAPTIVE };
 enum config_evicted { CONFIG_EVICTED_FREE, CONFIG_EVICTED_HOST };
 enum config_load_format { CONFIG_LOAD_AUTO, CONFIG_LOAD_DUMMY };
 
@@ -43,9 +42,9 @@ struct config {
     double gpu_memory_utilization;
     int64_t kv_cache_memory_bytes; /* of one rank's pool; 0: auto, by device */
     struct policy_config kv_cache; /* policy, budget and the policies' options */
+    char other_policies[512];      /* comma list: what engine_set_policy may change to; no key, set by commands */
     int kv_dtype;                  /* enum config_dtype, of the cache */
     int kv_page_size;              /* tokens */
-    int kv_heads;                  /* enum config_heads: split of a layer's budget over heads */
     int kv_evicted;                /* enum config_evicted: what becomes of evicted tokens */
     char allowed_local_media_path[CONFIG_PATH_BYTES];
     int load_format;        /* enum config_load_format */

@@ -31,6 +31,8 @@ static const char *const window_of_names[] = {"layer", "prompt", NULL};
 #define AUTO(key, kind, member, low, high, h)                                                                          \
     ROW(key, kind, member, "auto", .min = (low), .max = (high), .automatic = true, .help = (h))
 #define VL(name) "kv_cache.vl_cache." name
+#define SNAPKV(name) "kv_cache.snapkv." name
+#define PYRAMID_KV(name) "kv_cache.pyramid_kv." name
 
 #define MAX_BYTES 0x1p50
 
@@ -52,12 +54,15 @@ static const struct config_key table[] = {
          "KV cache of each rank (256MiB, 4GiB); auto: what is left of the GPU, or on CPU ranks a quarter of the "
          "free memory over them, at most what max_num_seqs sequences can fill"),
     ROW("kv_cache.policy", CONFIG_POLICY, kv_cache.policy, "vl_cache",
-        .help = "which tokens of a prompt stay in the cache: full (all of them) or vl_cache"),
+        .help = "which tokens of a prompt stay in the cache: full (all of them), vl_cache, or one of the baselines"),
     ROW("kv_cache.budget", CONFIG_BUDGET, kv_cache.budget, "0.1",
         .help = "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"),
     CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
     NUMBER("kv_cache.page_size", CONFIG_INT, kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
-    CHOICE("kv_cache.heads", kv_heads, "equal", heads_names, 1, "how a layer's budget is split over its KV heads"),
+    CHOICE("kv_cache.heads", kv_cache.heads, "equal", heads_names, 0,
+           "how a layer's budget is split over its KV heads: alike, or by Ada-KV's competition of their scores"),
+    NUMBER("kv_cache.heads_floor", CONFIG_DOUBLE, kv_cache.heads_floor, "0.2", 0, 1,
+           "adaptive heads: the part of an equal share that no head gets less than"),
     CHOICE("kv_cache.evicted", kv_evicted, "free", evicted_names, 1, "what becomes of tokens that are not kept"),
     NUMBER(VL("threshold"), CONFIG_DOUBLE, kv_cache.vl_cache.threshold, "0.01", 0, 1,
            "share of a row's largest attention from which an entry counts as not sparse"),
@@ -77,6 +82,16 @@ static const struct config_key table[] = {
            "judging rows of a prompt without image"),
     NUMBER(VL("max_rows"), CONFIG_INT, kv_cache.vl_cache.max_rows, "0", 0, 1 << 20,
            "judge by the last so many rows only; 0: by all of them"),
+    NUMBER(SNAPKV("window"), CONFIG_INT, kv_cache.snapkv.window, "32", 1, 1 << 20,
+           "newest rows that judge the prompt's tokens, and newest tokens that stay"),
+    NUMBER(SNAPKV("kernel"), CONFIG_INT, kv_cache.snapkv.kernel, "5", 1, 1023,
+           "odd width of the average over neighbouring scores"),
+    NUMBER(PYRAMID_KV("window"), CONFIG_INT, kv_cache.pyramid_kv.window, "32", 1, 1 << 20, "as SnapKV's"),
+    NUMBER(PYRAMID_KV("kernel"), CONFIG_INT, kv_cache.pyramid_kv.kernel, "5", 1, 1023, "as SnapKV's"),
+    NUMBER(PYRAMID_KV("beta"), CONFIG_DOUBLE, kv_cache.pyramid_kv.beta, "20", 1, 1e6,
+           "the last layer keeps 1 / beta of the mean budget, the first one the rest of twice the mean"),
+    NUMBER("kv_cache.streaming_llm.sinks", CONFIG_INT, kv_cache.streaming_llm.sinks, "4", 0, 1 << 20,
+           "first tokens of a prompt that stay"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,

@@ -85,7 +85,7 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
         FAIL(ERR_REQUEST, "%d images in the prompt, at most %d are served (max_images_per_prompt)", request->n_images,
              e->resources.config.max_images_per_prompt);
     if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
-        judging = policy->vt->judging_rows(policy, &sequence);
+        judging = policy_judging_rows(policy, &sequence);
         if (policy->vt->whole_prompt) judging = request->n_ids;
     }
     return scheduler_submit(e->scheduler, request, sink, judging);

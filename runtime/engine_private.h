@@ -12,6 +12,7 @@
 /* What every rank remembers of the sequence in a slot, from its beginning to the end of its prompt. */
 struct engine_slot {
     struct kv_budget budget;
+    uint64_t seed; /* of its sampling, and of a policy's random choices */
     int last_turn_start, n_spans;
     struct image_span *spans; /* [max_images_per_prompt] */
 };

@@ -12,6 +12,7 @@ static int begin_sequences(struct engine *e, const struct step_view *v)
         struct engine_slot *slot = &e->slots[b->slot];
         if (b->n_spans > max_spans) FAIL(ERR_BUG, "step: %d images in a prompt, at most %d", b->n_spans, max_spans);
         slot->budget = b->budget;
+        slot->seed = b->sampling.seed;
         slot->last_turn_start = b->last_turn_start;
         slot->n_spans = b->n_spans;
         if (b->n_spans) memcpy(slot->spans, v->spans + b->first_span, (size_t)b->n_spans * sizeof *slot->spans);
@@ -41,7 +42,8 @@ static int lay_chunk(struct engine *e, const struct step_view *v, int i, int row
                                               .n_spans = slot->n_spans,
                                               .spans = slot->spans,
                                               .last_turn_start = slot->last_turn_start,
-                                              .budget = slot->budget};
+                                              .budget = slot->budget,
+                                              .seed = slot->seed};
     return row + c->n_tokens;
 }
 
@@ -82,7 +84,7 @@ static int run_decode(struct engine *e, const struct step_view *v)
     int n = e->message.head.n_decode;
     if (!n) return OK;
     double start = clock_seconds();
-    TRY(model_decode(r->model, v->decode, n, &r->kv, &r->sampling));
+    TRY(model_decode(r->model, v->decode, n, &r->kv, &r->policy, &r->sampling));
     e->counters.decode_tokens += n;
     e->counters.decode_seconds += clock_seconds() - start;
     return OK;

@@ -123,21 +123,29 @@ static struct policy_env policy_env(const struct resources *r)
                                .max_prompt_tokens = resources_max_prompt_tokens(&r->config)};
 }
 
-/* The most that any policy's state takes. */
-static int measure_policies(struct resources *r)
+static int measure_policy(struct resources *r, const char *name, size_t length)
 {
     struct policy_config config = r->config.kv_cache;
     struct policy_env env = policy_env(r);
+    struct policy policy;
+    struct arena arena;
+    snprintf(config.policy, sizeof config.policy, "%.*s", (int)length, name);
+    arena_measure(&arena);
+    int rc = policy_open(&policy, &config, &env, &arena);
+    policy_close(&policy);
+    if (!rc && arena.used > r->policy_bytes) r->policy_bytes = arena.used;
+    return rc;
+}
+
+/* The most that the configured policy's state takes, or that of another one that the command is going to set. */
+static int measure_policies(struct resources *r)
+{
     r->policy_bytes = 0;
-    for (int i = 0; policy_name(i); i++) {
-        struct policy policy;
-        struct arena arena;
-        strncpy(config.policy, policy_name(i), sizeof config.policy - 1);
-        arena_measure(&arena);
-        int rc = policy_open(&policy, &config, &env, &arena);
-        policy_close(&policy);
-        if (rc) return rc;
-        if (arena.used > r->policy_bytes) r->policy_bytes = arena.used;
+    TRY(measure_policy(r, r->config.kv_cache.policy, strlen(r->config.kv_cache.policy)));
+    for (const char *name = r->config.other_policies; *name;) {
+        size_t length = strcspn(name, ",");
+        TRY(measure_policy(r, name, length));
+        name += length + (name[length] == ',');
     }
     return OK;
 }
@@ -190,6 +198,7 @@ int resources_set_policy(struct resources *r, const struct policy_config *config
     struct arena arena;
     struct policy_env env = policy_env(r);
     policy_close(&r->policy);
+    ops_forget_steps(r->ops); /* a policy's decode ops are part of them */
     arena_init(&arena, r->policy_memory, r->policy_bytes);
     r->config.kv_cache = *config;
     return policy_open(&r->policy, config, &env, &arena);

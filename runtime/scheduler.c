@@ -346,7 +346,8 @@ void scheduler_prompt_ended(struct scheduler *s, int slot, const int *kept)
 {
     struct sequence *seq = &s->slots[slot];
     memcpy(seq->kept, kept, (size_t)s->dims->n_layers * sizeof *kept);
-    pages_resize(s->pages, slot, kept, seq->request.max_tokens);
+    bool uneven = s->config->kv_cache.heads == KV_HEADS_ADAPTIVE;
+    pages_resize(s->pages, slot, kept, seq->request.max_tokens, uneven);
 }
 
 /* ---- results ---- */

@@ -89,6 +89,10 @@ static inline struct config service_config(const char *model, const char *const 
     static const char *const preset[] = {"device", "cpu", "max_num_seqs", "4", "kv_cache.policy", "full", NULL};
     DEMAND(config_defaults(&c));
     DEMAND(config_set(&c, "model", model, "test"));
+    for (int i = 0; policy_name(i); i++) { /* a test may set any policy */
+        size_t at = strlen(c.other_policies);
+        snprintf(c.other_policies + at, sizeof c.other_policies - at, "%s%s", at ? "," : "", policy_name(i));
+    }
     for (int i = 0; preset[i]; i += 2) DEMAND(config_set(&c, preset[i], preset[i + 1], "test"));
     for (int i = 0; settings && settings[i]; i += 2) DEMAND(config_set(&c, settings[i], settings[i + 1], "test"));
     return c;

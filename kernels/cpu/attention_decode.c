@@ -1,4 +1,4 @@
-/* Attention of one query a sequence over its whole lane, read from the pages.
+/* Attention of one query a sequence over its whole lane, or over listed entries of it, read from the pages.
  *
  * A task is CHUNK tokens of one lane, for all query heads of the KV head, so each page is read once. Its partial
  * result (maximum, sum, weighted values) is merged with the lane's others in their order. Chunks are cut by position
@@ -36,12 +36,6 @@ int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, st
     return place(c, arena, limits->max_seqs, limits->max_heads, limits->max_context, limits->head_dim, &p);
 }
 
-/* A chunk's tokens lie in runs, one a page: keys of run r for all queries, then, softened, its values. */
-static int run_length(const struct kv_view *kv, int at, int end)
-{
-    return cpu__min(kv->page_size - at % kv->page_size, end - at);
-}
-
 /* Asks for a page's rows before they are needed: pages lie anywhere, so the hardware cannot guess. */
 static void fetch_ahead(const float *row, int64_t n)
 {
@@ -52,22 +46,39 @@ static void fetch_ahead(const float *row, int64_t n)
 struct attend {
     const struct vector_ops *vector;
     const struct kv_view *kv;
-    const float *q; /* [group, head_dim] */
-    float *score;   /* [group, CHUNK] */
+    const float *q;       /* [group, head_dim] */
+    float *score;         /* [group, CHUNK] */
+    const int32_t *entry; /* the entries to attend to; NULL: all, in their order */
     int lane, group;
     float scale;
 };
 
-/* Tokens [first, end) of the lane; the partial of query j at partial + j * stride. */
+/* A chunk's tokens lie in runs, one a page (or one a listed entry): keys of run r for all queries, then, softened, its
+ * values. */
+static int run_length(const struct attend *a, int at, int end)
+{
+    return a->entry ? 1 : cpu__min(a->kv->page_size - at % a->kv->page_size, end - at);
+}
+
+static const float *key_of(const struct attend *a, int at)
+{
+    return lane__key(a->kv, a->lane, a->entry ? a->entry[at] : at);
+}
+
+static const float *value_of(const struct attend *a, int at)
+{
+    return lane__value(a->kv, a->lane, a->entry ? a->entry[at] : at);
+}
+
+/* Tokens [first, end) of the lane or list; the partial of query j at partial + j * stride. */
 static void attend_chunk(const struct attend *a, int first, int end, float *partial, int64_t stride)
 {
-    const struct kv_view *kv = a->kv;
     const struct vector_ops *v = a->vector;
-    const int dim = kv->head_dim;
+    const int dim = a->kv->head_dim;
     for (int at = first, n; at < end; at += n) {
-        const float *keys = lane__key(kv, a->lane, at);
-        n = run_length(kv, at, end);
-        if (at + n < end) fetch_ahead(lane__key(kv, a->lane, at + n), (int64_t)run_length(kv, at + n, end) * dim);
+        const float *keys = key_of(a, at);
+        n = run_length(a, at, end);
+        if (at + n < end) fetch_ahead(key_of(a, at + n), (int64_t)run_length(a, at + n, end) * dim);
         for (int j = 0; j < a->group; j++)
             v->score_keys(a->score + j * CHUNK + at - first, a->q + (int64_t)j * dim, keys, n, dim, a->scale);
     }
@@ -77,9 +88,9 @@ static void attend_chunk(const struct attend *a, int first, int end, float *part
         memset(part + 2, 0, (size_t)dim * sizeof(float));
     }
     for (int at = first, n; at < end; at += n) {
-        const float *values = lane__value(kv, a->lane, at);
-        n = run_length(kv, at, end);
-        if (at + n < end) fetch_ahead(lane__value(kv, a->lane, at + n), (int64_t)run_length(kv, at + n, end) * dim);
+        const float *values = value_of(a, at);
+        n = run_length(a, at, end);
+        if (at + n < end) fetch_ahead(value_of(a, at + n), (int64_t)run_length(a, at + n, end) * dim);
         for (int j = 0; j < a->group; j++)
             v->add_values(partial + j * stride + 2, a->score + j * CHUNK + at - first, values, n, dim);
     }
@@ -106,48 +117,73 @@ static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, cons
     return slot < 0 || slot >= kv->n_slots ? -1 : slot * kv->lanes_per_slot + heads->lane + kv_head;
 }
 
-int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                          const struct kv_view *kv, const struct attention_heads *heads)
+/* Entries that row `sequence` attends to in a lane; *entry is their list, NULL where they are the whole lane. */
+static int entries_of(const struct kv_view *kv, int lane, const struct kv_list *list, int i, const int32_t **entry)
 {
+    bool listed = list && list->count[i] >= 0;
+    *entry = listed ? list->entry + (int64_t)i * list->stride : NULL;
+    return lane < 0 ? 0 : listed ? list->count[i] : kv->lane_len[lane];
+}
+
+static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                        const struct kv_view *kv, const struct attention_heads *heads, const struct kv_list *list)
+{
+    const int32_t *entry;
     const struct cpu *c = cpu__of(o);
     const int n_kv = heads->n_kv_heads, group = heads->n_heads / n_kv, dim = heads->head_dim;
     int longest = 0;
     for (int task = 0; task < batch->n_seqs * n_kv; task++) {
         int lane = lane_of(batch, kv, heads, task / n_kv, task % n_kv);
-        longest = lane >= 0 && kv->lane_len[lane] > longest ? kv->lane_len[lane] : longest;
+        int length = entries_of(kv, lane, list, task, &entry);
+        longest = length > longest ? length : longest;
     }
     struct arena arena;
     struct partials p;
     TRY(cpu__scratch(o, &arena));
     TRY(place(c, &arena, batch->n_seqs, heads->n_heads, longest, dim, &p));
     const int n_lanes = batch->n_seqs * n_kv, n_chunks = (int)p.n_chunks;
-#pragma omp parallel num_threads(c->n_threads)
+#pragma omp parallel num_threads(c->n_threads) private(entry)
     {
         float *score = p.score + (size_t)omp_get_thread_num() * (size_t)heads->n_heads * CHUNK;
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < n_lanes * n_chunks; task++) {
             int sequence = task / n_chunks / n_kv, kv_head = task / n_chunks % n_kv, first = task % n_chunks * CHUNK;
             int lane = lane_of(batch, kv, heads, sequence, kv_head);
-            if (lane < 0 || first >= kv->lane_len[lane]) continue;
+            int length = entries_of(kv, lane, list, task / n_chunks, &entry);
+            if (first >= length) continue;
             int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
             const struct attend a = {.vector = c->vector,
                                      .kv = kv,
                                      .q = cpu__row(q, sequence) + (int64_t)kv_head * group * dim,
                                      .score = score,
+                                     .entry = entry,
                                      .lane = lane,
                                      .group = group,
                                      .scale = heads->scale};
-            attend_chunk(&a, first, cpu__min(first + CHUNK, kv->lane_len[lane]),
+            attend_chunk(&a, first, cpu__min(first + CHUNK, length),
                          p.memory + (head * n_chunks + task % n_chunks) * p.stride, n_chunks * p.stride);
         }
 #pragma omp for
         for (int task = 0; task < batch->n_seqs * heads->n_heads; task++) {
             int sequence = task / heads->n_heads, head = task % heads->n_heads;
             int lane = lane_of(batch, kv, heads, sequence, head / group);
-            int used = lane < 0 ? 0 : (kv->lane_len[lane] + CHUNK - 1) / CHUNK;
+            int used = (entries_of(kv, lane, list, sequence * n_kv + head / group, &entry) + CHUNK - 1) / CHUNK;
             merge(c->vector, cpu__row(out, sequence) + (int64_t)head * dim,
                   p.memory + (int64_t)task * n_chunks * p.stride, p.stride, used, dim);
         }
     }
     return OK;
+}
+
+int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                          const struct kv_view *kv, const struct attention_heads *heads)
+{
+    return attend_lanes(o, out, q, batch, kv, heads, NULL);
+}
+
+int cpu__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                 const struct kv_view *kv, const struct attention_heads *heads,
+                                 const struct kv_list *list)
+{
+    return attend_lanes(o, out, q, batch, kv, heads, list);
 }

@@ -129,6 +129,9 @@ int cuda__attention_prefill(struct ops *o, struct tensor out, struct tensor q, s
 int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
 int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                            const struct kv_view *kv, const struct attention_heads *heads);
+int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                  const struct kv_view *kv, const struct attention_heads *heads,
+                                  const struct kv_list *list);
 int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
                           const struct attention_probe *probe);
 int cuda__kv_reset(struct ops *o, const struct kv_view *kv);
@@ -142,6 +145,9 @@ int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, i
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                      const int *window);
+int cuda__split_budgets(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
+                        int n_groups);
+int cuda__average_pool(struct ops *o, struct tensor y, struct tensor x, int width);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

@@ -74,7 +74,7 @@ static void resize(struct books *b, struct pages *pages, int slot)
         length[l] = random_int(1, b->tokens[slot][l] - extra);
         b->tokens[slot][l] = length[l] + extra;
     }
-    pages_resize(pages, slot, length, extra);
+    pages_resize(pages, slot, length, extra, false);
 }
 
 static void test_random(void)
@@ -117,7 +117,7 @@ static void test_fits(void)
     pages_release(pages, 1); /* nothing left to give back */
     CHECK(pages_free(pages) == 16);
     int length[LAYERS] = {100, 100, 100, 100, 100};
-    pages_resize(pages, 0, length, 5); /* never more than was reserved */
+    pages_resize(pages, 0, length, 5, false); /* never more than was reserved */
     CHECK(pages_free(pages) == 16);
     pages_close(pages);
     pages_close(NULL);
