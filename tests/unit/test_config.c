@@ -132,7 +132,7 @@ static void test_types_and_ranges(void)
     refuse("model: \"a\\nb\"\n", "control characters");
     /* Known, but not served yet: said as such. */
     refuse("kv_cache: {dtype: fp8}\n", "kv_cache.dtype: fp8 is not served by this build; it serves auto or float32");
-    refuse("kv_cache: {heads: adaptive}\n", "adaptive is not served by this build; it serves equal");
+    refuse("kv_cache: {heads: adaptiv}\n", "kv_cache.heads must be equal or adaptive");
     refuse("kv_cache: {evicted: host}\n", "host is not served by this build; it serves free");
     char long_path[CONFIG_PATH_BYTES + 64] = "model: ";
     memset(long_path + 7, 'x', CONFIG_PATH_BYTES);
