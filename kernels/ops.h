@@ -86,6 +86,16 @@ struct budget_group {
     int own, total;
 };
 
+/* H2O's account of the lanes that it bounds: see ops_heavy_decode. Arrays are device memory; lane as in struct kv_view.
+ */
+struct heavy_hitters {
+    float *score;      /* [lanes of all slots, stride] attention that an entry of the lane got so far */
+    int32_t *position; /* the same shape: where in the sequence the entry stands */
+    int32_t *limit;    /* [lanes of all slots] most entries of the lane; 0: it grows freely */
+    int32_t *recent;   /* [lanes of all slots] newest entries that never go, below the limit */
+    int stride;        /* above every limit */
+};
+
 /* The entries of lanes that a decode step attends to, device: list r * n_kv_heads + h for row r and KV head h of the
  * layer. */
 struct kv_list {
@@ -202,6 +212,11 @@ struct ops_vt {
                       const int *window);
     int (*split_budgets)(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
                          int n_groups);
+    int (*heavy_begin)(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
+                       struct tensor score, const int32_t *index, int index_stride);
+    int (*heavy_decode)(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
+                        const struct kv_view *kv, const struct attention_heads *heads,
+                        const struct heavy_hitters *heavy);
     int (*average_pool)(struct ops *o, struct tensor y, struct tensor x, int width);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
@@ -366,6 +381,18 @@ int ops_select_top(struct ops *o, int32_t *index, int index_stride, struct tenso
  * wins. group: host; n_rows * own <= total <= n_rows * n_columns. Rows in no group are left alone. */
 int ops_split_budgets(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
                       int n_groups) MUST_CHECK;
+/* ops_heavy_begin - the account of a slot's lanes once they were packed: of lane i the entry j < limit has the score
+ * score[i, index[i * index_stride + j]] and that position. score [lanes_per_slot, prompt tokens] float32; limit was
+ * written before. */
+int ops_heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
+                    struct tensor score, const int32_t *index, int index_stride) MUST_CHECK;
+/* ops_heavy_decode - H2O's step after a layer's decode attention: the lane's newest entry, at position[row], joins with
+ * score 0; every entry's score grows by the attention that the row pays it, summed over the group's heads; while the
+ * lane holds more than its limit, the entry with the least score outside the newest `recent` goes (equal scores: the
+ * later position), its place taken by the lane's last entry. q [n, n_heads, head_dim]; position [n] device. */
+int ops_heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
+                     const struct kv_view *kv, const struct attention_heads *heads,
+                     const struct heavy_hitters *heavy) MUST_CHECK;
 /* ops_average_pool - y[r, j] = (x[r, j - width / 2] + ... + x[r, j + width / 2]) / width, columns outside x being 0.
  * y, x [rows, n] float32 that do not overlap, row strides free; width odd. */
 int ops_average_pool(struct ops *o, struct tensor y, struct tensor x, int width) MUST_CHECK;

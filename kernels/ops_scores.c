@@ -51,3 +51,38 @@ int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor 
     if (list->stride < 1) FAIL(ERR_ARG, "ops_attention_decode_listed: lists of %d entries", list->stride);
     return o->vt->attention_decode_listed(o, out, q, batch, kv, heads, list);
 }
+
+static int check_heavy(const char *op, const struct heavy_hitters *heavy)
+{
+    TRY(ops_check__pointer(op, "heavy", heavy));
+    TRY(ops_check__pointer(op, "heavy.score", heavy->score));
+    TRY(ops_check__pointer(op, "heavy.position", heavy->position));
+    TRY(ops_check__pointer(op, "heavy.limit", heavy->limit));
+    TRY(ops_check__pointer(op, "heavy.recent", heavy->recent));
+    if (heavy->stride < 1) FAIL(ERR_ARG, "%s: heavy.stride is %d, expected at least 1", op, heavy->stride);
+    return OK;
+}
+
+int ops_heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
+                    struct tensor score, const int32_t *index, int index_stride)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    TRY(check_heavy(__func__, heavy));
+    if (slot < 0 || slot >= kv->n_slots) FAIL(ERR_ARG, "ops_heavy_begin: slot %d, the cache has %d", slot, kv->n_slots);
+    TENSOR(score, IS_F32, 2, kv->lanes_per_slot, ANY_SIZE, 1);
+    POINTER(index);
+    return o->vt->heavy_begin(o, kv, heavy, slot, score, index, index_stride);
+}
+
+int ops_heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
+                     const struct kv_view *kv, const struct attention_heads *heads, const struct heavy_hitters *heavy)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    TRY(ops_check__heads(__func__, kv, heads));
+    TRY(ops_check__batch(__func__, kv, batch, true));
+    TRY(check_heavy(__func__, heavy));
+    TENSOR(q, 1u << o->dtype, 3, batch->n_seqs, heads->n_heads, heads->head_dim);
+    if (!batch->n_seqs) return OK;
+    POINTER(position);
+    return o->vt->heavy_decode(o, q, position, batch, kv, heads, heavy);
+}

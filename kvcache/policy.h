@@ -59,6 +59,9 @@ struct pyramid_kv_options {
 struct streaming_llm_options {
     int sinks; /* first tokens that stay, 4 */
 };
+struct h2o_options {
+    double recent; /* the newest tokens' part of the budget, 0.5 */
+};
 
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
@@ -70,6 +73,7 @@ struct policy_config {
     struct snapkv_options snapkv;
     struct pyramid_kv_options pyramid_kv;
     struct streaming_llm_options streaming_llm;
+    struct h2o_options h2o;
 };
 
 /* This rank's share of one layer. */
@@ -127,6 +131,7 @@ struct policy_decode {
     int layer;
     struct tensor out, q; /* [n, n_heads, head_dim] */
     const struct seq_batch *batch;
+    const int32_t *position; /* [n] of each row's token, device */
 };
 
 /* A policy's decision for one sequence: per lane of its slot on this rank (layers in order, KV heads within them) the
@@ -199,6 +204,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
-    policy_random;
+    policy_random, policy_h2o;
 
 #endif

@@ -384,7 +384,8 @@ struct decode_step {
 static int attend(const struct decode_step *step, int layer, const struct attention_views *a,
                   const struct seq_batch *batch)
 {
-    struct policy_decode in = {.layer = layer, .out = a->out, .q = a->q, .batch = batch};
+    struct policy_decode in = {
+        .layer = layer, .out = a->out, .q = a->q, .batch = batch, .position = step->model->position};
     if (step->policy->vt->decode_attention) return step->policy->vt->decode_attention(step->policy, &in);
     return ops_attention_decode(step->model->ops, a->out, a->q, batch, step->kv, &step->model->layers[layer].heads);
 }

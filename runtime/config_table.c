@@ -92,6 +92,8 @@ static const struct config_key table[] = {
            "the last layer keeps 1 / beta of the mean budget, the first one the rest of twice the mean"),
     NUMBER("kv_cache.streaming_llm.sinks", CONFIG_INT, kv_cache.streaming_llm.sinks, "4", 0, 1 << 20,
            "first tokens of a prompt that stay"),
+    NUMBER("kv_cache.h2o.recent", CONFIG_DOUBLE, kv_cache.h2o.recent, "0.5", 0, 1,
+           "the newest tokens' part of the budget; the rest are the most attended ones"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,

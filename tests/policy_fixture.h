@@ -23,7 +23,7 @@ struct bench {
     struct policy policy;
     struct policy_sequence sequence;
     struct image_span *spans;
-    int L, H, G, m, d, q_first, q_rows;
+    int L, H, G, m, extra, d, q_first, q_rows;
     float *Q, *K;
     void *state;
 };
@@ -51,26 +51,33 @@ static inline void deal_heads(struct bench *b)
             {s.kv_count * (b->H / b->G), s.kv_count, b->d, lane, 1.0f / sqrtf((float)b->d)}, s.kv_first, s.counted};
         lane += s.kv_count;
     }
-    int pages = (b->m + 15) / 16;
+    int pages = (b->m + b->extra + 15) / 16;
     b->kv = fixture_cache(b->f, 1, lane, pages, lane * pages, 16, b->d);
 }
 
-/* Appends the prompt's keys of layer l (values stay zero: nothing here reads them). */
-static inline void append_keys(struct bench *b, int l, int n_keys)
+/* Keys of layer l at positions [first, first + n), of this rank's heads: [n, n_kv_heads, d]. */
+static inline struct tensor keys(struct bench *b, int l, int first, int n)
 {
-    int n = b->shards[l].kv_count;
+    int heads = b->shards[l].kv_count;
     struct tensor k =
-        tensor_3d(fixture_take(b->f, (size_t)(b->m * n * b->d) * sizeof(float)), DTYPE_F32, b->m, n, b->d);
-    struct tensor v = tensor_3d(fixture_take(b->f, tensor_bytes(k)), DTYPE_F32, b->m, n, b->d);
-    int32_t slot = 0, cu[2] = {0, b->m};
-    struct seq_batch batch = {1, b->m, &slot, cu, &slot, cu};
-    for (int i = 0; i < b->m; i++)
-        for (int h = 0; h < n; h++)
-            memcpy((float *)k.data + ((size_t)i * (size_t)n + (size_t)h) * (size_t)b->d,
-                   b->K +
-                       (((size_t)l * (size_t)b->G + (size_t)(b->shards[l].kv_first + h)) * (size_t)n_keys + (size_t)i) *
-                           (size_t)b->d,
+        tensor_3d(fixture_take(b->f, (size_t)(n * heads * b->d) * sizeof(float)), DTYPE_F32, n, heads, b->d);
+    for (int i = 0; i < n; i++)
+        for (int h = 0; h < heads; h++) {
+            size_t lane = (size_t)l * (size_t)b->G + (size_t)(b->shards[l].kv_first + h);
+            memcpy((float *)k.data + ((size_t)i * (size_t)heads + (size_t)h) * (size_t)b->d,
+                   b->K + (lane * (size_t)(b->m + b->extra) + (size_t)(first + i)) * (size_t)b->d,
                    (size_t)b->d * sizeof(float));
+        }
+    return k;
+}
+
+/* Appends the keys of positions [first, first + n) of layer l (values stay zero: nothing here reads them). */
+static inline void append_keys(struct bench *b, int l, int first, int n)
+{
+    struct tensor k = keys(b, l, first, n), v = k;
+    int32_t slot = 0, cu[2] = {0, n};
+    struct seq_batch batch = {1, n, &slot, cu, &slot, cu};
+    v.data = fixture_take(b->f, tensor_bytes(k));
     CHECK_OK(ops_kv_append(&b->f->ops, &b->kv, &b->layers[l].heads, k, v, &batch));
 }
 
@@ -107,14 +114,15 @@ static inline struct bench bench_open(const cJSON *inputs, const char *name)
     const cJSON *x = vectors_get(vectors_get(inputs, "inputs"), name);
     b.L = vectors_int(x, "L"), b.H = vectors_int(x, "H"), b.G = vectors_int(x, "G");
     b.m = vectors_int(x, "m"), b.d = vectors_int(x, "d"), b.q_first = vectors_int(x, "q_first");
-    int n_keys = b.m + vectors_int(x, "extra");
+    b.extra = vectors_int(x, "extra");
+    int n_keys = b.m + b.extra;
     b.q_rows = n_keys - b.q_first;
     b.Q = vectors_array(vectors_get(x, "Q"), NULL);
     b.K = vectors_array(vectors_get(x, "K"), NULL);
     b.sequence = (struct policy_sequence){.prompt_tokens = b.m, .last_turn_start = vectors_int(x, "last_turn_start")};
     read_spans(&b, vectors_get(x, "spans"));
     deal_heads(&b);
-    for (int l = 0; l < b.L; l++) append_keys(&b, l, n_keys);
+    for (int l = 0; l < b.L; l++) append_keys(&b, l, 0, b.m);
     return b;
 }
 

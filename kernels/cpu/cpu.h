@@ -82,6 +82,10 @@ int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tens
                     const int *window);
 int cpu__split_budgets(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
                        int n_groups);
+int cpu__heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
+                     struct tensor score, const int32_t *index, int index_stride);
+int cpu__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
+                      const struct kv_view *kv, const struct attention_heads *heads, const struct heavy_hitters *heavy);
 int cpu__average_pool(struct ops *o, struct tensor y, struct tensor x, int width);
 int cpu__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cpu__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,

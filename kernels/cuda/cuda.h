@@ -147,6 +147,11 @@ int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct ten
                      const int *window);
 int cuda__split_budgets(struct ops *o, int32_t *count, struct tensor score, const struct budget_group *group,
                         int n_groups);
+int cuda__heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
+                      struct tensor score, const int32_t *index, int index_stride);
+int cuda__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
+                       const struct kv_view *kv, const struct attention_heads *heads,
+                       const struct heavy_hitters *heavy);
 int cuda__average_pool(struct ops *o, struct tensor y, struct tensor x, int width);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
