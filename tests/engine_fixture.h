@@ -106,7 +106,9 @@ static inline void service_open(struct service *s, struct ranks *ranks, const ch
     DEMAND(engine_open(&s->config, ranks->comm, ranks->liveness, &s->engine));
     if (!s->first) return;
     const struct tokenizer *tokenizer;
-    if (!strncmp(model, GOLDEN, strlen(GOLDEN))) {
+    char file[512];
+    snprintf(file, sizeof file, "%.400s/tokenizer.json", model);
+    if (!model_dims_is_gguf(model) && !file_exists(file)) {
         DEMAND(tokenizer_open_json(DEMO "/tokenizer.json", NULL, &s->tokenizer));
         tokenizer = s->tokenizer;
     } else {
@@ -415,7 +417,8 @@ static inline struct request request_smollm2(const struct service *s, const cJSO
 
 /* Collects every call's first row of logits: the steps of a request that runs alone. */
 struct seen_logits {
-    float *row; /* [n, vocab] */
+    struct ops *ops; /* the engine's, set by service_watch */
+    float *row;      /* [n, vocab] */
     int n, room;
     size_t vocab;
 };
@@ -429,11 +432,13 @@ static inline void seen_logits_add(void *arg, struct tensor logits)
         seen->row = realloc(seen->row, (size_t)seen->room * seen->vocab * sizeof(float));
         vectors_demand(seen->row != NULL, "memory");
     }
-    memcpy(seen->row + (size_t)seen->n++ * seen->vocab, logits.data, seen->vocab * sizeof(float));
+    float *to = seen->row + (size_t)seen->n++ * seen->vocab;
+    DEMAND(ops_download(seen->ops, to, logits.data, seen->vocab * sizeof(float)));
 }
 
 static inline void service_watch(struct service *s, struct seen_logits *seen)
 {
+    if (seen) seen->ops = &s->engine->ops;
     model_watch_logits(s->engine->resources.model, seen ? seen_logits_add : NULL, seen);
 }
 

@@ -1,7 +1,9 @@
 /* test_logits - the model against transformers: float32 logits within 1e-3 of their spread, and the greedy tokens, for
  * the demo model, tiny random models of every served shape, and SmolLM2 from its GGUF file if it is there; prompts in
- * one piece, in chunks, and several in one batch; with VL-Cache also the logits over the compressed cache. */
-#include "tests/engine_fixture.h"
+ * one piece, in chunks, and several in one batch; with VL-Cache also the logits over the compressed cache. Of a random
+ * model of SmolLM2's shape the tokens alone. tests/cuda/test_cuda_logits.c holds the GPU against the same references.
+ */
+#include "tests/random_checkpoint.h"
 
 static struct ranks ranks;
 
@@ -234,12 +236,35 @@ static void test_smollm2(void)
     printf("\n  ");
 }
 
+/* Where the real file is not at hand: transformers' tokens of a random model of its shape. */
+static void test_smollm2_shape(void)
+{
+    static const char *const settings[] = {"max_model_len", "512", "max_num_batched_tokens", "512", NULL};
+    if (SLOW_BUILD) return;
+    struct random_checkpoint c = random_checkpoint_open();
+    struct service s;
+    struct answer a;
+    int32_t tokens[64];
+    cJSON *errors = golden_load("bf16_error.json");
+    int n = golden_tokens(vectors_get(vectors_get(errors, "cases"), "smollm2_shape"), tokens);
+    struct request r = request_random(RANDOM_SEED, RANDOM_PROMPT, RANDOM_VOCAB, n);
+    service_open(&s, &ranks, c.directory, settings);
+    service_submit(&s, &r, &a);
+    service_run(&s);
+    CHECK(answer_is(&a, tokens, n));
+    answer_free(&a);
+    service_close(&s);
+    random_checkpoint_close(&c);
+    cJSON_Delete(errors);
+}
+
 int main(void)
 {
     static const struct check_case cases[] = {{"tiny models of every shape", test_shapes},
                                               {"the demo model, full and compressed", test_demo},
                                               {"four pages in chunks", test_demo_chunks},
                                               {"SmolLM2", test_smollm2},
+                                              {"a random model of SmolLM2's shape", test_smollm2_shape},
                                               {0}};
     ranks = ranks_open();
     return ranks_run(&ranks, "logits", cases);
