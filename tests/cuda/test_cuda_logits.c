@@ -169,7 +169,7 @@ static void sums_end(const struct sums *sums, const char *name)
     CHECK(sums->rows > 0 && ours <= allowed * theirs);
 }
 
-static struct service open_on(const char *backend, const char *model, const char *chunk)
+static void open_on(struct service *s, const char *backend, const char *model, const char *chunk)
 {
     const char *settings[] = {"device",
                               backend,
@@ -181,11 +181,9 @@ static struct service open_on(const char *backend, const char *model, const char
                               chunk,
                               NULL};
     struct model_dims dims;
-    struct service s;
     DEMAND(model_dims_load(model, &dims));
     if (dims.max_position_embeddings < 4096) settings[3] = "512";
-    service_open(&s, &ranks, model, settings);
-    return s;
+    service_open(s, &ranks, model, settings);
 }
 
 /* ---- tiny models ---- */
@@ -224,7 +222,8 @@ static void run_model(const char *name, const char *chunk)
     cJSON *golden = golden_load(path);
     const cJSON *prompts = vectors_get(golden, "prompts");
     snprintf(path, sizeof path, GOLDEN "/%.100s", name);
-    struct service s = open_on(device, path, chunk);
+    struct service s;
+    open_on(&s, device, path, chunk);
     struct sums sums = sums_begin(name);
     const char *why = refused(&s);
     int n = cJSON_GetArraySize(prompts), rc = OK;
@@ -291,7 +290,8 @@ static int run_question(struct service *s, const cJSON *item, const struct quest
 /* The items of demo.json with the full cache: one page and four. */
 static void run_demo(const char *chunk)
 {
-    struct service s = open_on(device, DEMO, chunk);
+    struct service s;
+    open_on(&s, device, DEMO, chunk);
     struct sums sums = sums_begin("demo");
     int n_questions, n = 0, rc = OK;
     cJSON *golden = golden_load("demo.json");
@@ -324,7 +324,8 @@ static void test_demo(void)
 static int ask_cpu(const char *model, const struct request *prompt, int n_tokens, struct answer *a,
                    struct seen_logits *seen)
 {
-    struct service s = open_on("cpu", model, NULL);
+    struct service s;
+    open_on(&s, "cpu", model, NULL);
     struct request r = request_behind(prompt, NULL, 0);
     r.max_tokens = n_tokens;
     int rc = ask(&s, r, a, seen);
@@ -349,7 +350,8 @@ static void test_smollm2_shape(void)
         CHECK(answer_is(&a, tokens, n)); /* transformers' */
         struct reference want = {"smollm2_shape", seen.row, n, a.tokens, margin, n};
         margins_of(seen.row, n, seen.vocab, margin);
-        struct service s = open_on(device, c.directory, NULL);
+        struct service s;
+        open_on(&s, device, c.directory, NULL);
         CHECK_OK(compare(&s, &prompt, &want, theirs_of("smollm2_shape", 0), &sums));
         service_close(&s);
         sums_end(&sums, "smollm2_shape");
