@@ -121,7 +121,7 @@ static int compare(struct service *s, struct request *prompt, const struct refer
         at = next > at ? next : want->n_tokens;
     }
     sums->theirs += theirs * theirs * (sums->all - before);
-    sums->prompts++;
+    sums->prompts += !rc;
     request_free(prompt);
     return rc;
 }
@@ -233,7 +233,7 @@ static void run_model(const char *name, const char *chunk)
         if (images != (i >= n)) continue;
         rc = run_prompt(&s, prompt, name, i % n, &sums);
         if (why && images) {
-            printf("\n    %-18s refused, as it should be, for %s: %s", name, why, rc ? status_message() : "it is not");
+            printf("\n    %-18s %s for %s: %s", name, rc ? "refused" : "NOT REFUSED", why, rc ? status_message() : "");
             CHECK(rc == ERR_UNSUPPORTED);
             rc = rc ? rc : ERR_UNSUPPORTED;
         } else if (rc) {
