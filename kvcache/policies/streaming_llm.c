@@ -22,6 +22,7 @@ static int positional_open(struct policy *policy, struct arena *arena)
     const struct policy_env *env = &policy->env;
     struct positional *p = calloc(1, sizeof *p);
     policy->state = p;
+    policy->config.heads = KV_HEADS_EQUAL; /* no scores to compete by: in a tie the first head would take all sinks */
     if (!p) FAIL(ERR_NOMEM, "%s: out of memory", policy->vt->name);
     TRY(eviction_open(&p->eviction, env, arena));
     p->window = calloc((size_t)env->n_layers, sizeof *p->window);
