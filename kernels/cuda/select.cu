@@ -7,41 +7,6 @@ struct select_rows {
     int32_t k[MOST_ROWS], window[MOST_ROWS];
 };
 
-/* Adds 1 to count[digit] for each thread that takes part; threads of a warp with one digit, as the leading ones have,
- * add together. */
-__device__ static void count_digit(int *count, int digit, bool takes_part)
-{
-    const unsigned part = __ballot_sync(~0u, takes_part);
-    if (!takes_part) return;
-    const unsigned same = __match_any_sync(part, digit);
-    if (__ffs((int)same) - 1 == (int)threadIdx.x % 32) atomicAdd(&count[digit], __popc(same));
-}
-
-/* The cut after the best k of n scores; whole block. */
-__device__ static struct cut cut_after(const float *score, int n, int k, int *count)
-{
-    __shared__ struct cut cut;
-    if (threadIdx.x == 0) cut.key = 0, cut.n_equal = k, cut.above = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = (int)threadIdx.x; i < SELECT_DIGITS; i += (int)blockDim.x) count[i] = 0;
-        __syncthreads();
-        const uint32_t prefix = cut.key;
-        for (int first = 0; first < n; first += (int)blockDim.x) {
-            const int i = first + (int)threadIdx.x;
-            const uint32_t key = i < n ? select_key(score[i]) : 0;
-            count_digit(count, (int)(key >> shift & 255), i < n && (uint64_t)(key ^ prefix) >> (shift + 8) == 0);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255;
-            for (; count[digit] < cut.n_equal && digit > 0; digit--) cut.n_equal -= count[digit];
-            cut.key |= (uint32_t)digit << shift;
-        }
-        __syncthreads();
-    }
-    return cut;
-}
-
 __global__ static void __launch_bounds__(SELECT_THREADS)
     select_top_kernel(int32_t *index, int index_stride, const float *score, int64_t stride, int n,
                       struct select_rows rows)
