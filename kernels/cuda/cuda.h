@@ -65,6 +65,7 @@ int cuda__scratch(struct ops *o, struct arena *arena) MUST_CHECK;
 /* Scratch of each family for shapes within `limits`: takes it from the (measuring) arena. */
 int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__decode_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__listed_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__probe_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 

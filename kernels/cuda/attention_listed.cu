@@ -1,0 +1,275 @@
+/* Decode attention over listed entries of each lane: what a policy that recalls reads in place of the whole cache.
+ *
+ * A list is cut into even pieces, of a size fixed by the configuration and the lists' stride; a block of four warps
+ * takes a piece, a warp 16 entries at a time. Each thread finds the rows of one entry (list, page number, row) for the
+ * next two tiles of its warp while the ones before are computed, and hands them round. How long lists are is known on
+ * the device alone: the grid has room for the longest, blocks beyond a list's end leave at once. A list may be the
+ * whole lane (count < 0), whose pieces are as long as attention_decode.cu's, several for each block. The block that
+ * finishes the last piece adds the pieces up in their order. */
+#include "kernels/cuda/attention_decode.cuh"
+
+enum {
+    STEP = WARPS * TILE,   /* entries that a block takes at once */
+    MOST_LIST_PIECES = 32, /* of a list, unless lanes have more */
+    FEW_SEQUENCES = 16     /* fewer: the device is filled by short pieces */
+};
+
+struct listed_arguments {
+    struct decode_arguments decode;
+    const int32_t *entry, *count;
+    int stride, list_piece, lane_piece, most_pieces;
+};
+
+/* A piece in the terms of attention_decode.cuh, and its list (NULL: the lane from its first entry on). */
+struct listed_item {
+    struct decode_item item;
+    const int32_t *entry;
+};
+
+/* Entries of the block's list and how they are cut; 0 pieces: nothing to attend to. */
+__device__ static int find_list(const struct listed_arguments &a, struct listed_item *listed, int *length)
+{
+    const struct decode_arguments &d = a.decode;
+    struct decode_item *item = &listed->item;
+    item->head = (int)blockIdx.y, item->row = (int)blockIdx.z;
+    const int64_t list = (int64_t)item->row * d.n_kv_heads + item->head;
+    const int slot = d.slot[item->row], count = a.count[list];
+    *length = 0;
+    if (slot < 0 || slot >= d.kv.n_slots) return 0;
+    item->lane = cache_lane(d.kv, slot, d.lane + item->head);
+    listed->entry = count < 0 ? NULL : a.entry + list * a.stride;
+    *length = count < 0 ? d.kv.lane_len[item->lane] : count < a.stride ? count : a.stride;
+    const int piece = count < 0 ? a.lane_piece : a.list_piece;
+    const int n = (*length + piece - 1) / piece, most = n < a.most_pieces ? n : a.most_pieces;
+    if (most <= 0) return 0;
+    const int tokens = piece_tokens(*length, most);
+    return (*length + tokens - 1) / tokens;
+}
+
+/* Where the key of this thread's entry begins, in bytes from the pool: threads 0 .. 15 have the warp's next tile, the
+ * others the one after it. */
+__device__ static int64_t find_row(const struct listed_arguments &a, const struct listed_item &listed, int at,
+                                   int row_bytes)
+{
+    const struct kv_view &kv = a.decode.kv;
+    const int thread = (int)threadIdx.x % 32, mine = at + thread / TILE * STEP + thread % TILE;
+    if (mine >= listed.item.end) return 0;
+    const int entry = listed.entry ? listed.entry[mine] : mine;
+    const int64_t page = kv.page_row[(int64_t)listed.item.lane * kv.max_pages + entry / kv.page_size];
+    return (page * 2 * kv.page_size + entry % kv.page_size) * row_bytes;
+}
+
+/* Keys of tokens r and r + 8, as load_keys of attention_decode.cuh has them, of rows anywhere. */
+template <int CHUNKS>
+__device__ static void load_listed_keys(uint4 *low, uint4 *high, const char *pool, int64_t rows, int tile,
+                                        int row_bytes, int n_valid)
+{
+    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    const char *first = pool + __shfl_sync(~0u, rows, tile * TILE + r);
+    const char *second = pool + __shfl_sync(~0u, rows, tile * TILE + r + 8);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = c * 64 + t * 16;
+        low[c] = at < row_bytes && r < n_valid ? *(const uint4 *)(first + at) : none;
+        high[c] = at < row_bytes && r + 8 < n_valid ? *(const uint4 *)(second + at) : none;
+    }
+}
+
+/* Values of tokens 2t, 2t + 1, 2t + 8, 2t + 9, as load_values has them. */
+template <int HALVES>
+__device__ static void load_listed_values(uint4 (*v)[4], const char *values, int64_t rows, int tile, int row_bytes,
+                                          int n_valid)
+{
+    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int token = 2 * t + (i & 1) + (i & 2) * 4;
+        const char *row = values + __shfl_sync(~0u, rows, tile * TILE + token);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            const int at = h * 128 + r * 16;
+            v[h][i] = at < row_bytes && token < n_valid ? *(const uint4 *)(row + at) : none;
+        }
+    }
+}
+
+/* The entries of a piece, tiles dealt to the block's warps; the next tile's keys are on their way while this one's
+ * values are used. */
+template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
+__device__ static void gather_listed(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, const struct listed_arguments &a,
+                                     const struct listed_item &listed, const uint4 (*q)[CHUNKS])
+{
+    enum { HALVES = (CHUNKS + 1) / 2 };
+    const struct kv_view &kv = a.decode.kv;
+    const int r = (int)threadIdx.x % 32 / 4, row_bytes = (EXACT ? CHUNKS * 32 : kv.head_dim) * (int)sizeof(T);
+    const char *pool = (const char *)kv.pool.data, *values = pool + (int64_t)kv.page_size * row_bytes;
+    const int end = listed.item.end, first = listed.item.first + (int)(threadIdx.x / 32) * TILE;
+    const int n = first < end ? (end - first + STEP - 1) / STEP : 0; /* tiles of this warp */
+    uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
+    if (n == 0) return;
+    int64_t rows = find_row(a, listed, first, row_bytes), next = find_row(a, listed, first + 2 * STEP, row_bytes);
+    load_listed_keys<CHUNKS>(low, high, pool, rows, 0, row_bytes, end - first);
+    for (int i = 0; i < n; i++) {
+        const int left = end - first - i * STEP;
+        float s[PRODUCTS][4];
+        load_listed_values<HALVES>(v, values, rows, i & 1, row_bytes, left);
+        if (left >= TILE)
+            score_tile<T, CHUNKS, PRODUCTS, true>(s, low, high, q, r, TILE);
+        else
+            score_tile<T, CHUNKS, PRODUCTS, false>(s, low, high, q, r, left);
+        if (i + 1 < n) {
+            if (i & 1) {
+                rows = next;
+                next = find_row(a, listed, first + (i + 3) * STEP, row_bytes);
+            }
+            load_listed_keys<CHUNKS>(low, high, pool, rows, (i + 1) & 1, row_bytes, left - STEP);
+        }
+        take_tile<T, HALVES, PRODUCTS>(g, s, v, a.decode.scale);
+    }
+}
+
+template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
+__global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) listed_kernel(struct listed_arguments a)
+{
+    enum { HALVES = (CHUNKS + 1) / 2 };
+    extern __shared__ char shared[];
+    const struct decode_arguments &d = a.decode;
+    struct listed_item listed;
+    int length;
+    let_successor_start();
+    wait_for_predecessor();
+    struct decode_item *item = &listed.item;
+    item->n_splits = find_list(a, &listed, &length);
+    const int width = d.group * d.kv.head_dim, n_splits = item->n_splits;
+    if (n_splits == 0 && blockIdx.x == 0)
+        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x)
+            ((T *)d.out)[item->row * d.out_stride + (int64_t)item->head * width + i] = from_float<T>(0.0f);
+    if ((int)blockIdx.x >= n_splits) return;
+    const int tokens = piece_tokens(length, n_splits);
+    uint4 q[PRODUCTS][CHUNKS];
+    load_queries<T, CHUNKS, PRODUCTS>(q, d, item->row, item->head);
+    for (int split = (int)blockIdx.x; split < n_splits; split += (int)gridDim.x) {
+        struct gathered<HALVES, PRODUCTS> g;
+        item->split = split, item->at = item->row * a.most_pieces + split;
+        item->first = split * tokens;
+        item->end = length - item->first < tokens ? length : item->first + tokens;
+        begin_gathering<HALVES, PRODUCTS>(&g);
+        gather_listed<T, CHUNKS, EXACT, PRODUCTS>(&g, a, listed, q);
+        finish_item<T, HALVES, PRODUCTS>(d, (struct block_part *)shared, &g, *item);
+    }
+}
+
+/* ---- pieces ---- */
+
+/* Entries of a piece of a list, if that makes no more than most_pieces. */
+static int shortest_piece(const struct ops_limits *limits)
+{
+    return limits->max_seqs < FEW_SEQUENCES ? STEP : 2 * STEP;
+}
+
+/* Pieces of a row's lane or list: as many as a whole lane needs, and enough for lists. */
+static int most_pieces(const struct cuda *c, const struct ops_limits *limits)
+{
+    const int shortest = shortest_piece(limits), lane = (limits->max_context + c->split_tokens - 1) / c->split_tokens;
+    const int longest = (limits->max_context + shortest - 1) / shortest;
+    const int list = longest < MOST_LIST_PIECES ? longest : MOST_LIST_PIECES, most = lane + 1 > list ? lane + 1 : list;
+    return most < MOST_SPLITS ? most : MOST_SPLITS;
+}
+
+static int list_piece(const struct cuda *c, int stride)
+{
+    const int shortest = shortest_piece(&c->limits), most = most_pieces(c, &c->limits);
+    const int even = (int)(((int64_t)stride + most - 1) / most), whole = (even + STEP - 1) / STEP * STEP;
+    return whole > shortest ? whole : shortest;
+}
+
+static int place_partials(const struct cuda *c, const struct ops_limits *limits, struct arena *arena, float **out,
+                          float2 **ends)
+{
+    static const char label[] = "op scratch";
+    const size_t pieces = (size_t)limits->max_heads * (size_t)limits->max_seqs * (size_t)most_pieces(c, limits);
+    TRY(arena_take(arena, pieces * (size_t)limits->head_dim * sizeof **out, label, out));
+    return arena_take(arena, pieces * sizeof **ends, label, ends);
+}
+
+int cuda__listed_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena)
+{
+    float *out;
+    float2 *ends;
+    return place_partials(c, limits, arena, &out, &ends);
+}
+
+/* ---- launches ---- */
+
+template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
+static int launch_listed(struct ops *o, const struct listed_arguments &a)
+{
+    const struct decode_arguments &d = a.decode;
+    void (*kernel)(struct listed_arguments) = listed_kernel<T, CHUNKS, EXACT, PRODUCTS>;
+    const size_t shared = block_part_bytes((CHUNKS + 1) / 2, d.group);
+    const int pieces = (a.stride + a.list_piece - 1) / a.list_piece;
+    if (shared > 48 << 10)
+        CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    return cuda__launch(o, "attention_decode_listed", kernel,
+                        dim3((unsigned)pieces, (unsigned)d.n_kv_heads, (unsigned)d.n_seqs), dim3(WARPS * 32), shared,
+                        a);
+}
+
+template <typename T, int PRODUCTS> static int launch_for_dim(struct ops *o, const struct listed_arguments &a)
+{
+    const int dim = a.decode.kv.head_dim;
+    if (dim == 128) return launch_listed<T, 4, true, PRODUCTS>(o, a);
+    if (dim == 64) return launch_listed<T, 2, true, PRODUCTS>(o, a);
+    if (dim <= 64) return launch_listed<T, 2, false, PRODUCTS>(o, a);
+    if (dim <= 96) return launch_listed<T, 3, false, PRODUCTS>(o, a);
+    return launch_listed<T, 4, false, PRODUCTS>(o, a);
+}
+
+static int check_listed(const struct cuda *c, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                        const struct kv_view *kv, const struct attention_heads *heads)
+{
+    const int group = heads->n_heads / heads->n_kv_heads;
+    if (kv->head_dim % 8 || kv->head_dim > 128 || group > 2 * COLUMNS || q.stride[0] % 8 || (uint64_t)q.data % 16 ||
+        out.stride[0] % 4 || (uint64_t)out.data % 8)
+        FAIL(ERR_UNSUPPORTED,
+             "cuda: attention over listed entries, heads of %d dimensions in groups of %d; served are dimensions in "
+             "steps of 8 up to 128, groups up to %d",
+             kv->head_dim, group, 2 * COLUMNS);
+    if (batch->n_seqs > c->limits.max_seqs || heads->n_heads > c->limits.max_heads || kv->head_dim > c->limits.head_dim)
+        FAIL(ERR_BUG, "ops_attention_decode_listed: %d sequences of %d heads, more than ops_reserve was told",
+             batch->n_seqs, heads->n_heads);
+    return OK;
+}
+
+int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                  const struct kv_view *kv, const struct attention_heads *heads,
+                                  const struct kv_list *list)
+{
+    const struct cuda *c = cuda__of(o);
+    struct listed_arguments a = {};
+    struct decode_arguments *d = &a.decode;
+    struct arena arena;
+    TRY(check_listed(c, out, q, batch, kv, heads));
+    TRY(cuda__scratch(o, &arena));
+    TRY(place_partials(c, &c->limits, &arena, &d->partial_out, &d->partial));
+    a.entry = list->entry, a.count = list->count;
+    a.stride = list->stride;
+    a.list_piece = list_piece(c, list->stride);
+    a.lane_piece = c->split_tokens;
+    a.most_pieces = most_pieces(c, &c->limits);
+    d->kv = *kv;
+    d->q = q.data, d->q_stride = q.stride[0];
+    d->out = out.data, d->out_stride = out.stride[0];
+    d->slot = batch->slot;
+    d->n_seqs = batch->n_seqs;
+    d->n_kv_heads = heads->n_kv_heads;
+    d->group = heads->n_heads / heads->n_kv_heads;
+    d->lane = heads->lane;
+    d->capacity = c->limits.max_seqs * a.most_pieces;
+    d->counter_stride = c->limits.max_seqs;
+    d->counter = c->counter;
+    d->scale = heads->scale * 1.44269504088896f;
+    WITH_TYPE(q.dtype, T, return d->group <= COLUMNS ? launch_for_dim<T, 1>(o, a) : launch_for_dim<T, 2>(o, a));
+}
