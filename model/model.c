@@ -410,19 +410,73 @@ static int decode_body(void *arg)
     return sample_rows(m, tensor_rows(m->h, 0, step->n), m->slot, step->sampling);
 }
 
-int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_view *kv, struct policy *policy,
-                 const struct sampling_state *sampling)
+/* A step of `bucket` rows, of which the first n have slots and the rest are padding. */
+static int decode_rows(struct model *m, const int32_t *slot, int n, int bucket, const struct kv_view *kv,
+                       struct policy *policy, const struct sampling_state *sampling)
 {
-    int bucket = ops_bucket(m->ops, n);
-    if (bucket > m->options.max_seqs) bucket = m->options.max_seqs;
     for (int i = 0; i < bucket; i++) m->host_index[i] = i < n ? slot[i] : -1;
     TRY(ops_upload(m->ops, m->slot, m->host_index, (size_t)bucket * sizeof(int32_t)));
     struct decode_step step = {m, bucket, kv, policy, sampling};
-    if (m->watch) /* who watches reads results between the ops */
-        TRY(decode_body(&step));
-    else
-        TRY(ops_run_step(m->ops, bucket, decode_body, &step));
+    if (m->watch) return decode_body(&step); /* who watches reads results between the ops */
+    return ops_run_step(m->ops, bucket, decode_body, &step);
+}
+
+static int bucket_of(const struct model *m, int n)
+{
+    int bucket = ops_bucket(m->ops, n);
+    return bucket < m->options.max_seqs ? bucket : m->options.max_seqs;
+}
+
+int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_view *kv, struct policy *policy,
+                 const struct sampling_state *sampling)
+{
+    TRY(decode_rows(m, slot, n, bucket_of(m, n), kv, policy, sampling));
     return policy->vt->decode_end ? policy->vt->decode_end(policy, slot, n) : OK;
+}
+
+/* ---- before the first request ---- */
+
+static bool same_shapes(const struct decoder_layer *a, const struct decoder_layer *b)
+{
+    return a->heads.n_heads == b->heads.n_heads && a->heads.n_kv_heads == b->heads.n_kv_heads &&
+           a->counted == b->counted && a->n_columns == b->n_columns;
+}
+
+/* The matrix products of a full chunk, once a shape, on what happens to stand in the work area: a library is asked how
+ * to do a shape when it first comes. No collectives: the ranks' layers need not repeat their shapes alike. */
+static int warm_linears(struct model *m)
+{
+    const int64_t n = m->options.max_tokens;
+    struct tensor h = tensor_rows(m->h, 0, n), partial = tensor_rows(m->partial, 0, n);
+    for (int l = 0; l < m->dims.n_layers; l++) {
+        const struct decoder_layer *w = &m->weights.layers[l];
+        const int64_t f = w->n_columns;
+        if (l > 0 && same_shapes(w, w - 1)) continue;
+        struct attention_views a = attention_views(m, &w->heads, n);
+        TRY(ops_linear(m->ops, a.qkv, h, w->qkv, NULL));
+        if (w->counted && w->o.dim[1] > 0) TRY(ops_linear(m->ops, partial, a.out_rows, w->o, NULL));
+        struct tensor gate_up = tensor_2d(m->work, m->ops->dtype, n, 2 * f);
+        struct tensor middle = tensor_2d(m->work + tensor_bytes(gate_up), m->ops->dtype, n, f);
+        if (f == 0) continue;
+        TRY(ops_linear(m->ops, gate_up, h, w->gate_up, NULL));
+        TRY(ops_linear(m->ops, partial, middle, w->down, NULL));
+    }
+    return OK;
+}
+
+int model_warm(struct model *m, const struct kv_view *kv, struct policy *policy, const struct sampling_state *sampling,
+               int *n_buckets)
+{
+    *n_buckets = 0;
+    if (!ops_graph_bytes(m->ops, m->dims.n_layers)) return OK;
+    TRY(warm_linears(m));
+    for (int bucket, n = 1; n <= m->options.max_seqs; n = bucket + 1) {
+        bucket = bucket_of(m, n);
+        for (int i = 0; i < 2; i++)
+            TRY(decode_rows(m, NULL, 0, bucket, kv, policy, sampling)); /* runs, then is recorded */
+        ++*n_buckets;
+    }
+    return ops_finish(m->ops);
 }
 
 int model_begin_sequence(struct model *m, int slot, const int32_t *ids, int n, const struct sampling_params *params,

@@ -69,9 +69,17 @@ int model_load(struct model *model, struct checkpoint *checkpoint, uint64_t seed
 int model_prefill(struct model *model, const struct prefill *in, const struct kv_view *kv, struct policy *policy,
                   const struct sampling_state *sampling) MUST_CHECK;
 
-/* model_decode - one token for each of n slots (host [n]) from their next_token; samples the following one. */
+/* model_decode - one token for each of n slots (host [n]) from their next_token; samples the following one. Slot -1:
+ * padding, which changes neither lanes nor pages nor sampling state. */
 int model_decode(struct model *model, const int32_t *slot, int n, const struct kv_view *kv, struct policy *policy,
                  const struct sampling_state *sampling) MUST_CHECK;
+
+/* model_warm - what a first use costs, before the first request: on a backend that captures steps every decode step's
+ * size is run and recorded with rows of padding alone, and a full chunk's matrix products are run once; waits for it.
+ * Elsewhere nothing. Needs loaded weights and a reset cache, leaves no trace in cache and sampling state. Again after
+ * ops_forget_steps, should the step's ops change. *n_buckets: steps recorded. Collective. */
+int model_warm(struct model *model, const struct kv_view *kv, struct policy *policy,
+               const struct sampling_state *sampling, int *n_buckets) MUST_CHECK;
 
 /* model_begin_sequence - uploads the prompt's ids for penalties and sets a slot's sampling state. */
 int model_begin_sequence(struct model *model, int slot, const int32_t *ids, int n, const struct sampling_params *params,

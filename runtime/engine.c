@@ -23,7 +23,8 @@ static int open_phases(struct engine *e, const struct config *config, struct che
     TRY(agree(e, engine__plan(e, config, &dims, checkpoint), "plan", "memory"));
     TRY(comm_same(e->comm, "model", model_dims_hash(&dims)));
     TRY(agree(e, engine__allocate(e, *checkpoint), "memory", "load"));
-    TRY(agree(e, engine__load(e, *checkpoint), "load", "ready"));
+    TRY(agree(e, engine__load(e, *checkpoint), "load", "warm"));
+    TRY(agree(e, engine__warm(e), "warm", "ready"));
     if (e->scheduler) scheduler_use_policy(e->scheduler, e->resources.policy.vt->name);
     liveness_step_end(e->liveness); /* the caller began the watch, when it joined the ranks */
     return OK;

@@ -58,6 +58,8 @@ int engine__plan(struct engine *e, const struct config *config, const struct mod
                  struct checkpoint **checkpoint) MUST_CHECK;
 int engine__allocate(struct engine *e, const struct checkpoint *checkpoint) MUST_CHECK;
 int engine__load(struct engine *e, struct checkpoint *checkpoint) MUST_CHECK;
+/* collective: decode steps recorded before the first request */
+int engine__warm(struct engine *e) MUST_CHECK;
 
 /* engine_step.c: executes the message's step on this rank; collective. */
 int engine__run_step(struct engine *e) MUST_CHECK;

@@ -179,3 +179,17 @@ int engine__load(struct engine *e, struct checkpoint *checkpoint)
              checkpoint ? (double)checkpoint_bytes_read(checkpoint) * 1e-6 : 0.0);
     return OK;
 }
+
+/* ---- warm ---- */
+
+int engine__warm(struct engine *e)
+{
+    struct resources *r = &e->resources;
+    double start = clock_seconds();
+    int n_buckets = 0;
+    TRY(model_warm(r->model, &r->kv, &r->policy, &r->sampling, &n_buckets));
+    if (n_buckets)
+        log_line(LOG_INFO, "rank %d: decode steps of %d sizes, up to %d sequences, recorded in %.2f s", e->comm->rank,
+                 n_buckets, r->config.max_num_seqs, clock_seconds() - start);
+    return OK;
+}

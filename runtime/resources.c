@@ -197,11 +197,15 @@ int resources_set_policy(struct resources *r, const struct policy_config *config
 {
     struct arena arena;
     struct policy_env env = policy_env(r);
+    bool warm = r->policy.vt != NULL, hooked = warm && r->policy.vt->decode_attention;
+    int n_buckets;
     policy_close(&r->policy);
-    ops_forget_steps(r->ops); /* a policy's decode ops are part of them */
     arena_init(&arena, r->policy_memory, r->policy_bytes);
     r->config.kv_cache = *config;
-    return policy_open(&r->policy, config, &env, &arena);
+    TRY(policy_open(&r->policy, config, &env, &arena));
+    if (!warm || !(hooked || r->policy.vt->decode_attention)) return OK;
+    ops_forget_steps(r->ops); /* the ops of a policy that has some in decode steps were recorded with them */
+    return model_warm(r->model, &r->kv, &r->policy, &r->sampling, &n_buckets);
 }
 
 int resources_begin(struct resources *r, struct checkpoint *checkpoint, const struct load_progress *progress)
