@@ -113,6 +113,12 @@ int ops_zero(struct ops *o, void *to, size_t bytes)
 
 int ops_finish(struct ops *o) { return o->vt->finish(o); }
 
+void ops_watch(struct ops *o, int (*watch)(void *arg), void *arg)
+{
+    o->watch = watch;
+    o->watch_arg = arg;
+}
+
 int ops_run_step(struct ops *o, int bucket, int (*body)(void *arg), void *arg)
 {
     if (bucket < 1) FAIL(ERR_ARG, "ops_run_step: bucket of %d rows, expected at least 1", bucket);

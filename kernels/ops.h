@@ -23,9 +23,11 @@
 
 struct ops {
     const struct ops_vt *vt;
-    void *impl;       /* backend state */
-    void *stream;     /* what communicators order their data plane on; NULL on CPU */
-    enum dtype dtype; /* of activations and of the KV cache */
+    void *impl;              /* backend state */
+    void *stream;            /* what communicators order their data plane on; NULL on CPU */
+    enum dtype dtype;        /* of activations and of the KV cache */
+    int (*watch)(void *arg); /* of ops_watch */
+    void *watch_arg;
 };
 
 /* Upper bounds of the shapes that will be used; backends size their scratch by it. */
@@ -255,6 +257,11 @@ int ops_copy(struct ops *o, void *to, const void *from, size_t bytes) MUST_CHECK
 int ops_zero(struct ops *o, void *to, size_t bytes) MUST_CHECK;
 /* ops_finish - waits until all ops so far are done. */
 int ops_finish(struct ops *o) MUST_CHECK;
+
+/* ops_watch - while the host waits for the device (ops_finish, ops_download, ops_download_marked, a full ring of
+ * uploads) watch(arg) is asked some twenty times a second: an error ends the wait and is what it returns; what was
+ * waited for is undefined then. NULL: nobody. The CPU never waits. */
+void ops_watch(struct ops *o, int (*watch)(void *arg), void *arg);
 
 /* ops_run_step - runs body(arg), a decode step of `bucket` rows. A GPU backend captures it the first time a bucket is
  * seen and replays the graph afterwards, so body must issue the same ops for the same bucket. The CPU calls body. */

@@ -57,6 +57,7 @@ void engine_close(struct engine *e)
     resources_close(&e->resources);
     if (e->ops.vt) ops_memory_give_back(&e->ops, e->memory, e->plan.arena_bytes);
     if (e->device_comm) ops_forget_steps(&e->ops);
+    ops_watch(&e->ops, NULL, NULL);
     comm_close(e->device_comm); /* before the stream that it works on */
     ops_close(&e->ops);
     free(e);

@@ -54,6 +54,9 @@ int engine__describe(struct engine *e, const struct config *config, struct model
     return resources_use_dtype(config, dims, &e->ops);
 }
 
+/* Operations between GPUs fail after they were enqueued: the wait for the stream is where that is heard of. */
+static int poll_device_comm(void *comm) { return comm_poll(comm); }
+
 int engine__connect(struct engine *e, const struct config *config, const struct model_dims *dims)
 {
     if (config->device != CONFIG_DEVICE_CUDA || e->comm->size == 1) return OK;
@@ -62,6 +65,7 @@ int engine__connect(struct engine *e, const struct config *config, const struct 
     size_t bytes = (size_t)rows * (size_t)dims->hidden_size * dtype_size(e->ops.dtype);
     TRY(comm_device_open(e->comm, e->comm->local_rank, e->ops.stream, bytes, &e->device_comm));
     e->comm = e->device_comm;
+    ops_watch(&e->ops, poll_device_comm, e->device_comm);
     e->used_before = plan_used_bytes(&e->ops);
     return OK;
 }

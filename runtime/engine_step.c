@@ -126,6 +126,7 @@ int engine__run_step(struct engine *e)
 {
     struct step_view v;
     const struct step_head *h = &e->message.head;
+    TRY(comm_poll(e->comm));
     TRY(step_read(&e->message, e->limits.image_bytes, &v));
     liveness_phase(e->liveness, h->n_chunks ? "prefill" : "decode");
     liveness_step_begin(e->liveness, h->number);
@@ -146,6 +147,7 @@ int engine__collect(struct engine *e)
     uint64_t step = scheduler_pending(e->scheduler);
     size_t slots = (size_t)r->kv.n_slots, pairs = slots * (1 + MAX_LOGPROBS), turn = step & 1;
     struct step_results results = {.step = step, .token = e->host_tokens};
+    liveness_step_begin(e->liveness, step); /* a GPU's step goes on until its results are there */
     TRY(ops_download_marked(&e->ops, e->host_tokens, r->tokens + turn * (slots + 1), (slots + 1) * sizeof(int32_t),
                             (int)turn));
     if (e->host_tokens[slots]) FAIL(ERR_BUG, "step %llu: a lane found no free page", (unsigned long long)step);
@@ -156,5 +158,6 @@ int engine__collect(struct engine *e)
         results.logprob = e->host_logprob;
         results.logprob_token = e->host_logprob_token;
     }
+    liveness_step_end(e->liveness);
     return scheduler_collect(e->scheduler, &results);
 }

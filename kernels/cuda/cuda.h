@@ -59,6 +59,10 @@ int cuda__failed(const char *what, cudaError_t error);
 /* cuda__launched - the error of the launch just made, if any. */
 int cuda__launched(const char *kernel) MUST_CHECK;
 
+/* cuda__await - waits for the event, or if NULL for all of the stream, without keeping the core to itself, and asks who
+ * watches (ops_watch). */
+int cuda__await(struct ops *o, cudaStream_t stream, cudaEvent_t event) MUST_CHECK;
+
 /* cuda__scratch - an arena over the backend's scratch. ERR_BUG before ops_reserve. */
 int cuda__scratch(struct ops *o, struct arena *arena) MUST_CHECK;
 

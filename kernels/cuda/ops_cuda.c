@@ -1,7 +1,10 @@
 /* The CUDA backend's table entry: opening, memory, scratch, marks. */
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
+#include "base/clock.h"
 #include "kernels/cuda/cuda.h"
 
 int cuda__failed(const char *what, cudaError_t error)
@@ -45,8 +48,7 @@ static int open_parts(struct ops *o, struct cuda *c)
     TRY(check_device(c));
     CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&c->copy_stream, cudaStreamNonBlocking));
-    for (int i = 0; i < CUDA_MARKS; i++)
-        CUDA_TRY(cudaEventCreateWithFlags(&c->mark[i], cudaEventDisableTiming | cudaEventBlockingSync));
+    for (int i = 0; i < CUDA_MARKS; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->mark[i], cudaEventDisableTiming));
     o->stream = c->stream;
     TRY(cuda__upload_open(c));
     return cuda__linear_open(c);
@@ -137,11 +139,7 @@ static int zero(struct ops *o, void *to, size_t bytes)
     return OK;
 }
 
-static int finish(struct ops *o)
-{
-    CUDA_TRY(cudaStreamSynchronize(cuda__of(o)->stream));
-    return OK;
-}
+static int finish(struct ops *o) { return cuda__await(o, cuda__of(o)->stream, NULL); }
 
 static int mark(struct ops *o, int i)
 {
@@ -149,14 +147,38 @@ static int mark(struct ops *o, int i)
     return OK;
 }
 
+/* A step is over in milliseconds: a look now and then costs it nothing, and a wait that does not end is asked about. */
+int cuda__await(struct ops *o, cudaStream_t stream, cudaEvent_t event)
+{
+    enum { BUSY_LOOKS = 100, NAP_NANOSECONDS = 50000 };
+    const double interval = 0.05;
+    const struct timespec nap = {.tv_nsec = NAP_NANOSECONDS};
+    double asked = clock_seconds();
+    for (int looks = 0;; looks++) {
+        cudaError_t state = event ? cudaEventQuery(event) : cudaStreamQuery(stream);
+        if (state != cudaErrorNotReady) {
+            CUDA_TRY(state);
+            return OK;
+        }
+        (void)cudaGetLastError(); /* else a later launch would report it */
+        if (looks < BUSY_LOOKS) {
+            sched_yield();
+            continue;
+        }
+        nanosleep(&nap, NULL);
+        if (!o->watch || clock_seconds() - asked < interval) continue;
+        TRY(o->watch(o->watch_arg));
+        asked = clock_seconds();
+    }
+}
+
 /* The copy goes beside the ops, which have moved on. */
 static int download_marked(struct ops *o, void *to_host, const void *from, size_t bytes, int i)
 {
     struct cuda *c = cuda__of(o);
-    CUDA_TRY(cudaEventSynchronize(c->mark[i]));
+    TRY(cuda__await(o, c->stream, c->mark[i]));
     CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, c->copy_stream));
-    CUDA_TRY(cudaStreamSynchronize(c->copy_stream));
-    return OK;
+    return cuda__await(o, c->copy_stream, NULL);
 }
 
 /* ---- scratch ---- */

@@ -35,15 +35,15 @@ void cuda__upload_close(struct cuda *c)
     c->upload = NULL;
 }
 
-static int next_piece(struct cuda *c)
+static int next_piece(struct ops *o)
 {
+    struct cuda *c = cuda__of(o);
     struct cuda_upload *u = c->upload;
     CUDA_TRY(cudaEventRecord(u->done[u->piece], c->stream));
     u->recorded[u->piece] = true;
     u->piece = (u->piece + 1) % PIECES;
     u->used = 0;
-    if (u->recorded[u->piece]) CUDA_TRY(cudaEventSynchronize(u->done[u->piece]));
-    return OK;
+    return u->recorded[u->piece] ? cuda__await(o, c->stream, u->done[u->piece]) : OK;
 }
 
 int cuda__upload(struct ops *o, void *to, const void *from_host, size_t bytes)
@@ -52,7 +52,7 @@ int cuda__upload(struct ops *o, void *to, const void *from_host, size_t bytes)
     struct cuda_upload *u = c->upload;
     if (c->capturing) FAIL(ERR_BUG, "ops_upload within a captured step: it would repeat what it holds now");
     for (size_t at = 0; at < bytes;) {
-        if (u->used == PIECE_BYTES) TRY(next_piece(c));
+        if (u->used == PIECE_BYTES) TRY(next_piece(o));
         size_t room = PIECE_BYTES - u->used, n = bytes - at < room ? bytes - at : room;
         char *from = u->pinned + (size_t)u->piece * PIECE_BYTES + u->used;
         memcpy(from, (const char *)from_host + at, n);
@@ -69,6 +69,5 @@ int cuda__download(struct ops *o, void *to_host, const void *from, size_t bytes)
     struct cuda *c = cuda__of(o);
     if (c->capturing) FAIL(ERR_BUG, "ops_download within a captured step");
     CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return OK;
+    return cuda__await(o, c->stream, NULL);
 }

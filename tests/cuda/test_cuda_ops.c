@@ -188,11 +188,52 @@ static void test_buckets(void)
     cuda_end(f);
 }
 
+/* ---- who watches a wait ---- */
+
+struct watcher {
+    int n_asked, fails_at;
+};
+
+static int watch(void *arg)
+{
+    struct watcher *w = arg;
+    if (++w->n_asked == w->fails_at) FAIL(ERR_COMM, "asked %d times", w->n_asked);
+    return OK;
+}
+
+/* Long waits ask, and end with the watcher's error though the device is not done; the device goes on as it was. */
+static void test_watch(void)
+{
+    enum { SIDE = 4096, LINEARS = 900 }; /* fewer than a stream takes without holding the host up */
+    struct cuda_fixture *f = cuda_begin(8);
+    struct watcher w = {0};
+    cuda_what(f, "watch");
+    if (f->effort == QUICK) { /* the device of a sanitizer takes minutes over it */
+        cuda_end(f);
+        return;
+    }
+    struct twin x = twin_2d(f, SIDE, SIDE, 0, 1), wide = twin_2d(f, SIDE, SIDE, 0, 0.02f),
+                y = twin_2d(f, SIDE, SIDE, 0, 1);
+    RUN(f, ops_linear(&f->gpu, y.gpu, x.gpu, wide.gpu, NULL));
+    RUN(f, ops_finish(&f->gpu));
+    ops_watch(&f->gpu, watch, &w);
+    for (int fails = 0; fails < 2; fails++) {
+        w = (struct watcher){.fails_at = fails ? 1 : 0};
+        for (int i = 0; i < LINEARS; i++) RUN(f, ops_linear(&f->gpu, y.gpu, x.gpu, wide.gpu, NULL));
+        int rc = ops_finish(&f->gpu);
+        EXPECT(f, w.n_asked > 0);
+        EXPECT(f, fails ? rc == ERR_COMM && w.n_asked == 1 : rc == OK);
+    }
+    ops_watch(&f->gpu, NULL, NULL);
+    RUN(f, ops_finish(&f->gpu));
+    cuda_end(f);
+}
+
 int main(int argc, char **argv)
 {
-    const struct check_case cases[] = {{"copies", test_copies},     {"small uploads", test_small_uploads},
-                                       {"marks", test_marks},       {"random weights", test_fill},
-                                       {"ceilings", test_ceilings}, {"errors", test_errors},
-                                       {"buckets", test_buckets},   {0}};
+    const struct check_case cases[] = {
+        {"copies", test_copies},       {"small uploads", test_small_uploads}, {"marks", test_marks},
+        {"random weights", test_fill}, {"ceilings", test_ceilings},           {"errors", test_errors},
+        {"buckets", test_buckets},     {"who watches a wait", test_watch},    {0}};
     return cuda_main("cuda_ops", cases, argc, argv);
 }
