@@ -33,7 +33,9 @@ int comm_device_open(struct comm *control, int device, void *stream, size_t max_
 {
     *out = NULL;
 #ifdef VITRAIL_CUDA
-    return comm__device_open(control, device, stream, max_bytes, out);
+    TRY(comm__device_open(control, device, stream, max_bytes, out));
+    control->device = *out;
+    return OK;
 #else
     (void)control, (void)stream, (void)max_bytes;
     FAIL(ERR_UNSUPPORTED, "communicator of device %d: this build has no CUDA; configure with -DVITRAIL_CUDA=ON",
@@ -43,7 +45,9 @@ int comm_device_open(struct comm *control, int device, void *stream, size_t max_
 
 void comm_close(struct comm *c)
 {
-    if (c) c->vt->close(c);
+    if (!c) return;
+    if (c->control) c->control->device = NULL;
+    c->vt->close(c);
 }
 
 /* sound - the error of an earlier collective, whose message comes back with it. */
@@ -73,6 +77,12 @@ int comm_reserve(struct comm *c, size_t max_bytes)
     return OK;
 }
 
+/* before_data - for faults: they are injected into the communicator below. */
+static int before_data(struct comm *c)
+{
+    return c->control && c->control->vt->before_data ? c->control->vt->before_data(c->control) : OK;
+}
+
 static int check_all_reduce(const struct comm *c, struct tensor x)
 {
     char shape[96];
@@ -93,6 +103,7 @@ int comm_all_reduce_sum(struct comm *c, struct tensor x, void *stream)
     TRY(sound(c));
     if (tensor_count(x) == 0) return OK;
     int rc = check_all_reduce(c, x);
+    if (!rc) rc = before_data(c);
     return comm__settle(c, rc ? rc : c->vt->all_reduce_sum(c, x, stream));
 }
 
@@ -112,6 +123,7 @@ int comm_all_gather(struct comm *c, struct tensor out, struct tensor in, void *s
     TRY(sound(c));
     int rc = check_all_gather(c, out, in);
     if (!rc && tensor_count(in) == 0) return OK;
+    if (!rc) rc = before_data(c);
     return comm__settle(c, rc ? rc : c->vt->all_gather(c, out, in, stream));
 }
 
@@ -139,6 +151,7 @@ int comm_all_reduce_add_norm(struct comm *c, struct tensor x, struct tensor resi
     int rc = check_all_reduce(c, x);
     if (!rc) rc = check_add_norm(x, residual, weight, out);
     if (!rc) rc = c->vt->all_reduce_add_norm(c, x, residual, weight, epsilon, out, stream);
+    if (!rc) rc = before_data(c); /* afterwards: what is declined comes again as a plain sum */
     return rc == COMM_DECLINED ? rc : comm__settle(c, rc);
 }
 

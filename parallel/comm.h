@@ -42,6 +42,10 @@ struct comm_vt {
     int (*reserve)(struct comm *c, size_t max_bytes);
     /* Optional: called first in comm_agree with this rank's code; returns the code to agree on (fault injection). */
     int (*before_agree)(struct comm *c, int code);
+    /* Optional: called for every data-plane call of the communicator that stands on this one (fault injection). */
+    int (*before_data)(struct comm *c);
+    /* Optional: enqueues a kernel that writes where no memory is, after which the device is lost (fault injection). */
+    int (*break_device)(struct comm *c);
     void (*watch)(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *stop_signal);
     int (*poll)(struct comm *c);       /* optional */
     void (*interrupt)(struct comm *c); /* optional; any thread */
@@ -59,6 +63,7 @@ struct comm {
     size_t reserved_bytes;      /* largest all-reduce announced by comm_reserve */
     size_t device_bytes;        /* device memory that it took, NCCL's share included, as measured */
     struct comm *control;       /* of a device communicator: the one that it stands on; else NULL */
+    struct comm *device;        /* the device communicator that stands on this one, if any */
     /* Of parallel/liveness.h, may be NULL: collectives entered, for the watchdog; signal that asked us to stop. */
     _Atomic uint64_t *calls;
     const _Atomic int *stop_signal;
@@ -94,7 +99,10 @@ void comm_close(struct comm *c);
  *   call=N           at the N-th collective call, counting from 1, within `phase` if one is given (default 1)
  *   phase=P          count only calls made while the phase (comm_phase, or comm_agree's argument) is P
  *   action=A         error (the call fails; in comm_agree: this rank reports an error), exit (status 9, no word
- *                    to anyone), kill (SIGKILL), stop (SIGSTOP), hang (never returns), delay:MS (from call N on, each)
+ *                    to anyone), kill (SIGKILL), stop (SIGSTOP), hang (never returns), sticky (a kernel of this rank
+ *                    writes where no memory is: all that it asks of its GPU from now on fails; needs a device
+ *                    communicator), delay:MS (from call N on, each)
+ * Calls of a device communicator on *c count too; those within a captured step when it is recorded, not when it runs.
  * Not collective. On error *c is unchanged; afterwards comm_close closes both. Errors: ERR_CONFIG. */
 int comm_wrap_fault(struct comm **c, const char *spec) MUST_CHECK;
 

@@ -9,7 +9,16 @@
 
 #include "parallel/comm_private.h"
 
-enum action { ACTION_NONE, ACTION_ERROR, ACTION_EXIT, ACTION_KILL, ACTION_STOP, ACTION_HANG, ACTION_DELAY };
+enum action {
+    ACTION_NONE,
+    ACTION_ERROR,
+    ACTION_EXIT,
+    ACTION_KILL,
+    ACTION_STOP,
+    ACTION_HANG,
+    ACTION_STICKY,
+    ACTION_DELAY
+};
 
 struct fault {
     struct comm *inner;
@@ -22,7 +31,7 @@ struct fault {
     bool in_agreement; /* the call was counted by before_agree already */
 };
 
-static const char *const action_names[] = {"", "error", "exit", "kill", "stop", "hang", "delay"};
+static const char *const action_names[] = {"", "error", "exit", "kill", "stop", "hang", "sticky", "delay"};
 
 static void sleep_ms(long ms)
 {
@@ -47,6 +56,9 @@ static int strike(struct comm *c)
     case ACTION_STOP: raise(SIGSTOP); break;
     case ACTION_HANG:
         for (;;) sleep_ms(1000);
+    case ACTION_STICKY:
+        if (!c->device) FAIL(ERR_UNSUPPORTED, "injected fault: action sticky, but no device communicator is open");
+        return c->device->vt->break_device(c->device);
     case ACTION_DELAY: sleep_ms(f->delay_ms); break;
     case ACTION_NONE: break;
     }
@@ -123,6 +135,7 @@ static const struct comm_vt fault_vt = {
     .all_gather_host = all_gather_host,
     .reserve = reserve,
     .before_agree = before_agree,
+    .before_data = strike,
     .watch = watch,
     .abort = abort_job,
     .close = close_fault,
@@ -145,7 +158,7 @@ static int parse_action(struct fault *f, const char *spec, char *value)
     for (int a = ACTION_ERROR; a <= ACTION_DELAY; a++)
         if (!strcmp(value, action_names[a])) f->action = (enum action)a;
     if (f->action == ACTION_NONE || (f->action == ACTION_DELAY) != (milliseconds != NULL))
-        FAIL(ERR_CONFIG, "fault '%s': action must be error, exit, kill, stop, hang or delay:MS", spec);
+        FAIL(ERR_CONFIG, "fault '%s': action must be error, exit, kill, stop, hang, sticky or delay:MS", spec);
     return milliseconds ? parse_number(spec, milliseconds, 0, &f->delay_ms) : OK;
 }
 

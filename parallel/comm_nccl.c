@@ -56,7 +56,7 @@ struct device {
     struct comm comm;
     struct comm *control;
     int device;
-    cudaStream_t stream; /* for the measurements alone; operations are told theirs */
+    cudaStream_t stream; /* for the measurements and faults; operations are told theirs */
     struct nccl nccl;
     struct nvlink *nvlink; /* NULL: NCCL alone */
     struct times times[OPERATION_N];
@@ -480,6 +480,8 @@ static int poll_device(struct comm *c)
 
 static void interrupt(struct comm *c) { comm__nvlink_interrupt(((struct device *)c->impl)->nvlink); }
 
+static int break_device(struct comm *c) { return comm__nvlink_break(((struct device *)c->impl)->stream); }
+
 static void abort_job(struct comm *c, int exit_code)
 {
     interrupt(c);
@@ -524,6 +526,7 @@ static const struct comm_vt device_vt = {
     .all_gather_host = all_gather_host,
     .reserve = reserve,
     .before_agree = before_agree,
+    .break_device = break_device,
     .watch = watch,
     .poll = poll_device,
     .interrupt = interrupt,

@@ -249,3 +249,13 @@ int comm__nvlink_scale(float *x, size_t n, float factor, void *stream)
     return launch(major >= 9, "scale", (const void *)scale_kernel, (unsigned)(blocks < 1024 ? blocks : 1024), 256,
                   arguments, stream);
 }
+
+/* An argument, so that the compiler does not see where it points. */
+__global__ static void break_kernel(int *nowhere) { *nowhere = 1; }
+
+int comm__nvlink_break(void *stream)
+{
+    int *nowhere = NULL;
+    void *arguments[] = {&nowhere};
+    return launch(false, "break", (const void *)break_kernel, 1, 1, arguments, stream);
+}

@@ -64,6 +64,10 @@ int comm__nvlink_add_norm(struct nvlink *n, const void *x, void *residual, const
 /* comm__nvlink_scale - x *= factor: for tests, the dependent step between two sums. Needs no window. */
 int comm__nvlink_scale(float *x, size_t n, float factor, void *stream) MUST_CHECK;
 
+/* comm__nvlink_break - for tests: a kernel that writes where no memory is. Every later call of the process on this
+ * device fails. */
+int comm__nvlink_break(void *stream) MUST_CHECK;
+
 /* comm__cuda_failed - ERR_DEVICE naming the call and what the driver said. */
 int comm__cuda_failed(const char *what, int error) MUST_CHECK;
 #define COMM_CUDA_TRY(call)                                                                                            \

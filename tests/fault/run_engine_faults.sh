@@ -89,6 +89,13 @@ case_hang() { # RANKS RANK PHASE CALL - a living rank that makes no progress, fo
     code_is 5
 }
 
+case_sticky() { # RANKS RANK CALL - a kernel of one rank writes where no memory is, in the middle of decode
+    start "$1" generate $options $long_answer --inject-fault "rank=$2,phase=decode,call=$3,action=sticky"
+    all_gone "$start_limit"
+    pattern "stopped by rank $2: .*CUDA: .*illegal memory access"
+    code_is 4
+}
+
 # What there is to do, one case a line.
 list_cases() {
     if [ -n "$short" ]; then
@@ -99,18 +106,18 @@ list_cases() {
         return
     fi
     for action in stop hang kill exit error; do
-        for phase in start config request device model connect open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load warm ready; do
             for rank in 0 1; do echo "start 2 $rank $phase $action generate $options --prompt x"; done
         done
     done
     for action in kill error; do
-        for phase in start config request device model connect open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load warm ready; do
             for rank in 0 1 2; do echo "start 3 $rank $phase $action generate $options --prompt x"; done
         done
     done
     rank=0
     for action in stop hang exit; do
-        for phase in start config request device model connect open plan memory load ready; do
+        for phase in start config request device model connect open plan memory load warm ready; do
             echo "start 3 $rank $phase $action generate $options --prompt x"
             rank=$(((rank + 1) % 3))
         done
@@ -126,6 +133,7 @@ list_cases() {
     for rank in 0 1; do
         echo "hang 2 $rank decode 300"
         echo "hang 2 $rank prefill 5"
+        [ "${VITRAIL_TEST_DEVICE:-cpu}" = cpu ] || echo "sticky 2 $rank 300"
     done
     echo "launcher 2"
     echo "launcher 3"

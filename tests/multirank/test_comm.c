@@ -252,6 +252,51 @@ static void test_fault_injection(void)
     CHECK_OK(comm_agree(comm, OK, "load"));
 }
 
+/* A device communicator as far as faults see one. */
+static int n_sums, n_broken;
+
+static int sum_on_device(struct comm *c, struct tensor x, void *stream)
+{
+    (void)c, (void)x, (void)stream;
+    n_sums++;
+    return OK;
+}
+
+static int break_device(struct comm *c)
+{
+    (void)c;
+    n_broken++;
+    return OK;
+}
+
+/* Faults are injected into the communicator below, and count the calls of the one that stands on it. No message is
+ * sent: each rank has its own. */
+static void test_faults_of_a_device(void)
+{
+    static const struct comm_vt vt = {.all_reduce_sum = sum_on_device, .break_device = break_device};
+    static const char *const specs[] = {"phase=prefill,call=3,action=error", "phase=prefill,call=3,action=sticky"};
+    float x = 1;
+    for (int sticky = 0; sticky < 2; sticky++) {
+        struct comm *control, device;
+        CHECK_OK(comm_open("self", &control));
+        CHECK_OK(comm_wrap_fault(&control, specs[sticky]));
+        device = *control;
+        device.vt = &vt;
+        device.control = control;
+        device.reserved_bytes = sizeof x;
+        n_sums = n_broken = 0;
+        CHECK_OK(comm_all_reduce_sum(&device, tensor_1d(&x, DTYPE_F32, 1), NULL)); /* in another phase */
+        comm_phase(&device, "prefill");
+        for (int i = 0; i < 2; i++) CHECK_OK(comm_all_reduce_sum(&device, tensor_1d(&x, DTYPE_F32, 1), NULL));
+        control->device = sticky ? &device : NULL;
+        int rc = comm_all_reduce_sum(&device, tensor_1d(&x, DTYPE_F32, 1), NULL);
+        CHECK(n_sums == 3 + sticky && n_broken == sticky);
+        CHECK(sticky ? rc == OK : rc == ERR_COMM && strstr(status_message(), "collective 3 in prefill"));
+        CHECK(sticky || (device.broken == ERR_COMM && control->broken == ERR_COMM));
+        comm_close(control);
+    }
+}
+
 int main(int n, char **arguments)
 {
     if (n > 1 ? comm_open(arguments[1], &comm) : comm_open_auto(&comm)) {
@@ -270,6 +315,7 @@ int main(int n, char **arguments)
                                                      {"idle costs under 2% of a core", test_idle_cost},
                                                      {"idle ranks wake", test_idle_wakes},
                                                      {"calls are counted", test_calls_are_counted},
+                                                     {"faults of a device", test_faults_of_a_device},
                                                      {"fault injection", test_fault_injection},
                                                      {0}});
     int agreed = comm_agree(comm, rc ? status_set(ERR_BUG, __FILE__, __LINE__, "checks failed") : OK, "end");
