@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
+#include "base/log.h"
 #include "runtime/engine_private.h"
 
 /* Ends a start-up phase: all ranks go on, or all return the lowest failing rank's error. */
@@ -34,6 +36,7 @@ int engine_open(const struct config *config, struct comm *comm, struct liveness 
 {
     struct checkpoint *checkpoint = NULL;
     struct engine *e = calloc(1, sizeof *e);
+    double start = clock_seconds();
     *out = e;
     liveness_phase(liveness, "open");
     TRY(comm_agree(comm, e ? OK : status_set(ERR_NOMEM, __FILE__, __LINE__, "engine: out of memory"), "open"));
@@ -41,6 +44,7 @@ int engine_open(const struct config *config, struct comm *comm, struct liveness 
     e->liveness = liveness;
     int rc = open_phases(e, config, &checkpoint);
     checkpoint_close(checkpoint);
+    if (!rc && comm->rank == 0) log_line(LOG_INFO, "ready for requests after %.2f s", clock_seconds() - start);
     return rc;
 }
 
