@@ -1,18 +1,21 @@
 /* Decode attention: one query row a sequence over its lane, bound by reading K and V once.
  *
- * A lane is cut into even pieces of at most c->split_tokens tokens, fixed by the configuration. decode_begin lists the
- * pieces of all lanes at the start of a step; a persistent grid walks the list of a layer. A block of four warps takes
- * a piece, a warp 16 tokens at a time, straight from the pages into registers (attention_stream.cu brings them through
- * shared memory instead, where there is hardware for it). The block that finishes a lane's last piece adds the pieces
- * up, in their order: the result depends on the lane alone. */
+ * A lane is cut into even pieces of about c->split_tokens tokens, or into c->most_pieces larger ones where it is long:
+ * fixed by the configuration and its own length. decode_begin lists the pieces of all lanes at the start of a step; a
+ * persistent grid walks the list of a layer. A block of four warps takes a piece, a warp 16 tokens at a time, straight
+ * from the pages into registers (attention_stream.cu brings them through shared memory instead, where there is hardware
+ * for it). The block that finishes a lane's last piece adds the pieces up, in their order: the result depends on the
+ * lane alone.
+ *
+ * What counts with few lanes is not to wait: a block's first tile is asked for before the step's append has ended, its
+ * next piece's before the end of the one at hand. */
 #include "kernels/cuda/attention_decode.cuh"
 
 __global__ static void __launch_bounds__(256)
     list_work_kernel(struct kv_view kv, const int32_t *slot, int n_seqs, int split_tokens, int4 *item, int capacity,
-                     int32_t *count)
+                     int32_t *count, int most_pieces)
 {
     __shared__ int warp_total[8];
-    let_successor_start();
     wait_for_predecessor();
     const int lane = (int)blockIdx.x, thread = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     int total = 0;
@@ -22,7 +25,7 @@ __global__ static void __launch_bounds__(256)
         const int s = row < n_seqs ? slot[row] : -1;
         const int length = s >= 0 && s < kv.n_slots ? kv.lane_len[cache_lane(kv, s, lane)] + 1 : 0;
         int n = (length + split_tokens - 1) / split_tokens;
-        if (n > MOST_SPLITS) n = MOST_SPLITS; /* a full lane, reported by kv_append */
+        if (n > most_pieces) n = most_pieces;
         if (n > 0) n = (length + piece_tokens(length, n) - 1) / piece_tokens(length, n);
         int upto = n;
         for (int step = 1; step < 32; step *= 2) {
@@ -43,6 +46,11 @@ __global__ static void __launch_bounds__(256)
         __syncthreads();
     }
     if (threadIdx.x == 0) count[lane] = total < capacity ? total : capacity;
+    /* The step's later kernels start when this list, and all that came before it, stands in memory: attention reads it
+     * and the lanes' older tokens before its own predecessor has ended. */
+    __threadfence();
+    __syncthreads();
+    let_successor_start();
 }
 
 int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
@@ -53,61 +61,97 @@ int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struc
              batch->n_seqs, c->limits.max_lanes, c->limits.max_seqs);
     return cuda__launch(o, "decode_begin", list_work_kernel, dim3((unsigned)kv->lanes_per_slot), dim3(256), 0, *kv,
                         batch->slot, batch->n_seqs, c->split_tokens, (int4 *)c->work_item, c->work_capacity,
-                        c->work_count);
+                        c->work_count, c->most_pieces);
 }
 
 /* ---- the attention of a layer ---- */
 
-/* Where tokens `at` ... of a lane begin in the pool; `pages`: a warp's page numbers, one a thread. */
-__device__ static const char *tile_address(const struct decode_arguments &a, int page, int at, int row_bytes)
+/* 16 tokens on their way into a warp's registers. */
+template <int CHUNKS> struct tile {
+    uint4 low[CHUNKS], high[CHUNKS], v[(CHUNKS + 1) / 2][4];
+};
+
+/* Where a tile of the warp begins; `pages`: the page numbers of its 32 tiles, one a thread. */
+__device__ static const char *tile_address(const struct decode_arguments &a, const struct decode_item &item, int tile,
+                                           int pages, int row_bytes)
 {
-    return (const char *)a.kv.pool.data + ((int64_t)page * 2 * a.kv.page_size + at % a.kv.page_size) * row_bytes;
+    const int64_t page = __shfl_sync(~0u, pages, tile % 32);
+    return (const char *)a.kv.pool.data +
+           (page * 2 * a.kv.page_size + token_of(item, tile) % a.kv.page_size) * row_bytes;
 }
 
 template <int CHUNKS>
-__device__ static void load_any_keys(uint4 *low, uint4 *high, const char *page, int row_bytes, int r, int t,
-                                     int n_valid)
+__device__ static __forceinline__ void ask_keys(struct tile<CHUNKS> *x, const char *at, int row_bytes, int n_valid)
 {
+    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
     if (n_valid >= TILE)
-        load_keys<CHUNKS, true>(low, high, page, row_bytes, r, t, n_valid);
+        load_keys<CHUNKS, true, true>(x->low, x->high, at, row_bytes, r, t, n_valid);
     else
-        load_keys<CHUNKS, false>(low, high, page, row_bytes, r, t, n_valid);
+        load_keys<CHUNKS, false, true>(x->low, x->high, at, row_bytes, r, t, n_valid);
 }
 
-/* The tokens of a piece, tiles dealt to the block's warps. Page numbers come 32 tiles at a time, and the next tile's
- * keys are on their way while this one's values are used. */
-template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
-__device__ static void gather(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, const struct decode_arguments &a,
-                              const struct decode_item &item, const uint4 (*q)[CHUNKS])
+template <int CHUNKS>
+__device__ static __forceinline__ void ask_values(struct tile<CHUNKS> *x, const char *at, int row_bytes, int n_valid)
+{
+    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
+    if (n_valid >= TILE)
+        load_values<(CHUNKS + 1) / 2, true, true>(x->v, at, row_bytes, r, t, n_valid);
+    else
+        load_values<(CHUNKS + 1) / 2, false, true>(x->v, at, row_bytes, r, t, n_valid);
+}
+
+/* The keys, then the values of the warp's first tile of a piece, if it has one. */
+template <int CHUNKS>
+__device__ static __forceinline__ void ask_first_keys(struct tile<CHUNKS> *x, const struct decode_arguments &a,
+                                                      const struct decode_item &item, int pages, int row_bytes)
+{
+    if (tiles_of(item) > 0)
+        ask_keys<CHUNKS>(x, tile_address(a, item, 0, pages, row_bytes), row_bytes, item.end - token_of(item, 0));
+}
+template <int CHUNKS>
+__device__ static __forceinline__ void ask_first_values(struct tile<CHUNKS> *x, const struct decode_arguments &a,
+                                                        const struct decode_item &item, int pages, int row_bytes)
+{
+    if (tiles_of(item) > 0)
+        ask_values<CHUNKS>(x, tile_address(a, item, 0, pages, row_bytes) + (int64_t)a.kv.page_size * row_bytes,
+                           row_bytes, item.end - token_of(item, 0));
+}
+
+/* A piece into the warp's own place: kept in shared memory, since registers are full of tiles. */
+__device__ static __forceinline__ void hold_item(struct decode_item *held, const struct decode_arguments &a,
+                                                 const int *ends, int at)
+{
+    const struct decode_item item = fetch_item(a, ends, at);
+    if (threadIdx.x % 32 == 0) *held = item;
+    __syncwarp();
+}
+
+/* The tokens of a piece, the first tile of which is on its way: the next tile's keys are asked for when this one's are
+ * taken, its values after this one's. Page numbers come 32 tiles ahead. */
+template <typename T, int CHUNKS, int PRODUCTS>
+__device__ static __forceinline__ void gather(struct gathered<(CHUNKS + 1) / 2, PRODUCTS> *g, struct tile<CHUNKS> *x,
+                                              const struct decode_arguments &a, const struct decode_item &item,
+                                              const uint4 (*q)[CHUNKS], int pages, int row_bytes)
 {
     enum { HALVES = (CHUNKS + 1) / 2 };
-    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
-    const int row_bytes = (EXACT ? CHUNKS * 32 : a.kv.head_dim) * (int)sizeof(T);
+    const int r = (int)threadIdx.x % 32 / 4, n = tiles_of(item);
     const int64_t value_bytes = (int64_t)a.kv.page_size * row_bytes;
-    const int32_t *row = a.kv.page_row + (int64_t)item.lane * a.kv.max_pages;
-    const int end = item.end, stride = WARPS * TILE;
-    uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
-    for (int at = item.first + (int)(threadIdx.x / 32) * TILE; at < end; at += 32 * stride) {
-        const int mine = at + thread * stride, left = (end - at + stride - 1) / stride, n = left < 32 ? left : 32;
-        const int pages = mine < end ? row[mine / a.kv.page_size] : 0;
-        const char *page = tile_address(a, __shfl_sync(~0u, pages, 0), at, row_bytes);
-        load_any_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - at);
-        for (int i = 0; i < n; i++) {
-            const int here = at + i * stride, next = here + stride;
-            float s[PRODUCTS][4];
-            if (end - here >= TILE) {
-                load_values<HALVES, true>(v, page + value_bytes, row_bytes, r, t, TILE);
-                score_tile<T, CHUNKS, PRODUCTS, true>(s, low, high, q, r, TILE);
-            } else {
-                load_values<HALVES, false>(v, page + value_bytes, row_bytes, r, t, end - here);
-                score_tile<T, CHUNKS, PRODUCTS, false>(s, low, high, q, r, end - here);
-            }
-            if (i + 1 < n) {
-                page = tile_address(a, __shfl_sync(~0u, pages, i + 1), next, row_bytes);
-                load_any_keys<CHUNKS>(low, high, page, row_bytes, r, t, end - next);
-            }
-            take_tile<T, HALVES, PRODUCTS>(g, s, v, a.scale);
+    int ahead = pages_from(a, item, 32);
+    for (int i = 0; i < n; i++) {
+        const int n_valid = item.end - token_of(item, i), next_valid = n_valid - WARPS * TILE;
+        const char *next = NULL;
+        float s[PRODUCTS][4];
+        if (n_valid >= TILE)
+            score_tile<T, CHUNKS, PRODUCTS, true>(s, x->low, x->high, q, r, TILE);
+        else
+            score_tile<T, CHUNKS, PRODUCTS, false>(s, x->low, x->high, q, r, n_valid);
+        if (i + 1 < n) {
+            if ((i + 1) % 32 == 0) pages = ahead, ahead = pages_from(a, item, i + 33);
+            next = tile_address(a, item, i + 1, pages, row_bytes);
+            ask_keys<CHUNKS>(x, next, row_bytes, next_valid);
         }
+        take_tile<T, HALVES, PRODUCTS>(g, s, x->v, a.scale);
+        if (i + 1 < n) ask_values<CHUNKS>(x, next + value_bytes, row_bytes, next_valid);
     }
 }
 
@@ -115,22 +159,55 @@ template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
 __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) decode_kernel(struct decode_arguments a)
 {
     enum { HALVES = (CHUNKS + 1) / 2 };
-    extern __shared__ char shared[];
+    __shared__ struct decode_item held[WARPS][2]; /* of each warp: the piece at hand and the next */
+    extern __shared__ __align__(16) char shared[];
     int *ends = (int *)shared; /* items up to and with each head */
     struct block_part *part = (struct block_part *)(shared + (a.n_kv_heads + 3) / 4 * 16);
+    const int row_bytes = (EXACT ? CHUNKS * 32 : a.kv.head_dim) * (int)sizeof(T);
     let_successor_start();
-    wait_for_predecessor();
-    clear_padding<T>(a);
+    const bool padding = has_padding(a);
     list_ends(a, ends);
     const int n_items = ends[a.n_kv_heads - 1], end = first_item(n_items, (int)blockIdx.x + 1);
-    for (int at = first_item(n_items, (int)blockIdx.x); at < end; at++) {
-        const struct decode_item item = fetch_item(a, ends, at);
+    int at = first_item(n_items, (int)blockIdx.x), pages = 0;
+    struct decode_item *item = held[threadIdx.x / 32], *next = item + 1;
+    struct tile<CHUNKS> x;
+    bool early = false;
+    if (at < end) {
+        hold_item(item, a, ends, at);
+        pages = pages_from(a, *item, 0);
+        early = tile_is_old(*item, 0);
+    }
+    if (early) {
+        ask_first_keys<CHUNKS>(&x, a, *item, pages, row_bytes);
+        ask_first_values<CHUNKS>(&x, a, *item, pages, row_bytes);
+    }
+    wait_for_predecessor();
+    if (padding) clear_padding<T>(a);
+    if (at >= end) return;
+    if (ends_in_new_page(a, *item)) pages = pages_from(a, *item, 0);
+    if (!early) {
+        ask_first_keys<CHUNKS>(&x, a, *item, pages, row_bytes);
+        ask_first_values<CHUNKS>(&x, a, *item, pages, row_bytes);
+    }
+    for (;;) {
         struct gathered<HALVES, PRODUCTS> g;
         uint4 q[PRODUCTS][CHUNKS];
+        const bool more = ++at < end;
+        int next_pages = 0;
+        if (more) {
+            hold_item(next, a, ends, at);
+            next_pages = pages_from(a, *next, 0);
+        }
         begin_gathering<HALVES, PRODUCTS>(&g);
-        load_queries<T, CHUNKS, PRODUCTS>(q, a, item.row, item.head);
-        gather<T, CHUNKS, EXACT, PRODUCTS>(&g, a, item, q);
-        finish_item<T, HALVES, PRODUCTS>(a, part, &g, item);
+        load_queries<T, CHUNKS, PRODUCTS>(q, a, item->row, item->head);
+        gather<T, CHUNKS, PRODUCTS>(&g, &x, a, *item, q, pages, row_bytes);
+        finish_item<T, HALVES, PRODUCTS>(a, part, &g, *item, [&] {
+            if (more) ask_first_keys<CHUNKS>(&x, a, *next, next_pages, row_bytes);
+        });
+        if (!more) return;
+        ask_first_values<CHUNKS>(&x, a, *next, next_pages, row_bytes);
+        struct decode_item *const done = item;
+        item = next, next = done, pages = next_pages;
     }
 }
 

@@ -13,9 +13,10 @@
 /* Templates below: CHUNKS of 32 dimensions a head is cut into, of which HALVES of 64; EXACT: it fills them. */
 enum {
     WARPS = 4,
-    TILE = 16,   /* tokens a warp takes at once */
-    COLUMNS = 8, /* query heads of one matrix product */
-    MOST_SPLITS = 256
+    TILE = 16,         /* tokens a warp takes at once */
+    COLUMNS = 8,       /* query heads of one matrix product */
+    MOST_SPLITS = 128, /* pieces of a lane */
+    JOIN_AHEAD = 8     /* pieces whose sums a thread asks for at once */
 };
 
 struct decode_arguments {
@@ -38,6 +39,7 @@ struct decode_item {
     int head, at; /* KV head, place in its list */
     int row, split, n_splits, lane;
     int first, end; /* tokens */
+    int length;     /* of the lane, the step's own token last */
 };
 
 /* Tokens of a piece of a lane of `length` tokens in n pieces: even, in whole tiles of all warps. */
@@ -47,38 +49,93 @@ __device__ static inline int piece_tokens(int length, int n)
     return (even + step - 1) / step * step;
 }
 
+/* Whole warps. */
 __device__ static inline struct decode_item fetch_item(const struct decode_arguments &a, const int *ends, int linear)
 {
     struct decode_item item;
     item.head = 0;
-    while (linear >= ends[item.head]) item.head++;
+    for (int first = 0; first < a.n_kv_heads; first += 32) {
+        const int head = first + (int)threadIdx.x % 32;
+        item.head += __popc(__ballot_sync(~0u, head < a.n_kv_heads && ends[head] <= linear));
+    }
     item.at = item.head ? linear - ends[item.head - 1] : linear;
-    const int4 listed = a.item[(int64_t)(a.lane + item.head) * a.capacity + item.at];
+    const int4 listed = __ldcg(&a.item[(int64_t)(a.lane + item.head) * a.capacity + item.at]);
     item.row = listed.x;
     item.split = listed.y >> 8, item.n_splits = (listed.y & 255) + 1;
     item.lane = cache_lane(a.kv, listed.w, a.lane + item.head);
     const int tokens = piece_tokens(listed.z, item.n_splits);
     item.first = item.split * tokens;
-    item.end = listed.z - item.first < tokens ? listed.z : item.first + tokens;
+    item.length = listed.z;
+    item.end = item.length - item.first < tokens ? item.length : item.first + tokens;
     return item;
 }
 
+/* ---- the tiles of a piece, dealt to the block's warps in turn ---- */
+
+__device__ static inline int tiles_of(const struct decode_item &item)
+{
+    const int rest = item.end - item.first - (int)(threadIdx.x / 32) * TILE;
+    return rest > 0 ? (rest + WARPS * TILE - 1) / (WARPS * TILE) : 0;
+}
+__device__ static inline int token_of(const struct decode_item &item, int tile)
+{
+    return item.first + (tile * WARPS + (int)(threadIdx.x / 32)) * TILE;
+}
+
+/* The page numbers of 32 tiles of the warp from `tile` on, one a thread. */
+__device__ static inline int pages_from(const struct decode_arguments &a, const struct decode_item &item, int tile)
+{
+    const int token = token_of(item, tile + (int)threadIdx.x % 32);
+    const int32_t *row = a.kv.page_row + (int64_t)item.lane * a.kv.max_pages;
+    return token < item.end ? __ldcg(&row[token / a.kv.page_size]) : 0;
+}
+
+/* ---- before the predecessor has ended ----
+ * The list, the slots and all tokens but a lane's last stood in memory before decode_begin let its successor start, and
+ * nothing in the step changes them: they are read at once. Past the first-level cache, so that no line is kept from
+ * which something newer would be read later. */
+
+/* The tile holds none of the tokens that the step appends. */
+__device__ static inline bool tile_is_old(const struct decode_item &item, int tile)
+{
+    return token_of(item, tile) + TILE < item.length;
+}
+/* The piece's last page is one that the step's append has just taken. */
+__device__ static inline bool ends_in_new_page(const struct decode_arguments &a, const struct decode_item &item)
+{
+    return item.end == item.length && (item.length - 1) % a.kv.page_size == 0;
+}
+
+__device__ static inline bool has_padding(const struct decode_arguments &a)
+{
+    bool found = false;
+    for (int row = (int)blockIdx.x; row < a.n_seqs; row += (int)gridDim.x) found |= __ldcg(&a.slot[row]) < 0;
+    return found;
+}
+
+/* ---- a tile ---- */
+
+/* GLOBAL: memory of the device, each byte of which is read once; else shared memory. */
+template <bool GLOBAL> __device__ static inline uint4 read_16(const char *from)
+{
+    return GLOBAL ? __ldcg((const uint4 *)from) : *(const uint4 *)from;
+}
+
 /* Rows of 16 bytes a thread: a token's key at dims chunk * 32 + t * 8. FULL: all tokens of the tile are the lane's. */
-template <int CHUNKS, bool FULL>
+template <int CHUNKS, bool FULL, bool GLOBAL>
 __device__ static void load_keys(uint4 *low, uint4 *high, const char *page, int row_bytes, int r, int t, int n_valid)
 {
     const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = c * 64 + t * 16;
-        low[c] = at < row_bytes && (FULL || r < n_valid) ? *(const uint4 *)(page + r * row_bytes + at) : none;
-        high[c] =
-            at < row_bytes && (FULL || r + 8 < n_valid) ? *(const uint4 *)(page + (r + 8) * row_bytes + at) : none;
+        low[c] = at < row_bytes && (FULL || r < n_valid) ? read_16<GLOBAL>(page + r * row_bytes + at) : none;
+        high[c] = at < row_bytes && (FULL || r + 8 < n_valid) ? read_16<GLOBAL>(page + (r + 8) * row_bytes + at) : none;
     }
 }
 
 /* Values of tokens 2t, 2t + 1, 2t + 8, 2t + 9 at dims half * 64 + r * 8. */
-template <int HALVES, bool FULL>
+template <int HALVES, bool FULL, bool GLOBAL>
 __device__ static void load_values(uint4 (*v)[4], const char *page, int row_bytes, int r, int t, int n_valid)
 {
     const uint4 none = make_uint4(0, 0, 0, 0);
@@ -88,7 +145,7 @@ __device__ static void load_values(uint4 (*v)[4], const char *page, int row_byte
         for (int i = 0; i < 4; i++) {
             const int token = 2 * t + (i & 1) + (i & 2) * 4, at = h * 128 + r * 16;
             v[h][i] =
-                at < row_bytes && (FULL || token < n_valid) ? *(const uint4 *)(page + token * row_bytes + at) : none;
+                at < row_bytes && (FULL || token < n_valid) ? read_16<GLOBAL>(page + token * row_bytes + at) : none;
         }
 }
 
@@ -199,22 +256,22 @@ __device__ static void load_queries(uint4 (*q)[CHUNKS], const struct decode_argu
     }
 }
 
-/* What the block's warps leave each other: `out` [WARPS, group, HALVES * 64 + 1]; the last block of a lane uses its
+/* What the block's warps leave each other: `out` [WARPS, group, HALVES * 64 + 2]; the last block of a lane uses its
  * room for the pieces' factors, [group, MOST_SPLITS]. */
 struct block_part {
     float top[WARPS][2 * COLUMNS], sum[WARPS][2 * COLUMNS];
-    int last;
+    int last, unused[3];
     float out[];
 };
 
 template <int HALVES> __device__ static float *part_row(struct block_part *part, int warp, int column, int group)
 {
-    return part->out + (warp * group + column) * (HALVES * 64 + 1);
+    return part->out + (warp * group + column) * (HALVES * 64 + 2);
 }
 
 static inline size_t block_part_bytes(int halves, int group)
 {
-    const size_t out = (size_t)WARPS * (size_t)group * ((size_t)halves * 64 + 1), factor = (size_t)group * MOST_SPLITS;
+    const size_t out = (size_t)WARPS * (size_t)group * ((size_t)halves * 64 + 2), factor = (size_t)group * MOST_SPLITS;
     return (sizeof(struct block_part) + (out > factor ? out : factor) * sizeof(float) + 15) / 16 * 16;
 }
 
@@ -236,8 +293,7 @@ __device__ static void leave_part(struct block_part *part, struct gathered<HALVE
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     float *row = part_row<HALVES>(part, warp, column, group) + h * 64 + r * 8 + 2 * j;
-                    row[0] = g->out[p][h][j][e];
-                    row[1] = g->out[p][h][j][e + 2];
+                    *(float2 *)row = make_float2(g->out[p][h][j][e], g->out[p][h][j][e + 2]);
                 }
         }
 }
@@ -256,87 +312,150 @@ __device__ static float2 join_warps(struct block_part *part, int column, float *
     return make_float2(top, sum);
 }
 
-/* The factor of each piece of a lane, by which its sums count, over the sum of all: a warp a head. */
-__device__ static void weigh_pieces(const struct decode_arguments &a, struct block_part *part, int64_t first_piece,
-                                    int n)
+/* Four dimensions of the warps' parts, added up. */
+template <int HALVES>
+__device__ static float4 add_parts(struct block_part *part, int column, int d, int group, const float *factor)
+{
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        const float *from = part_row<HALVES>(part, w, column, group) + d;
+        const float2 low = *(const float2 *)from, high = *(const float2 *)(from + 2);
+        sum.x += low.x * factor[w], sum.y += low.y * factor[w];
+        sum.z += high.x * factor[w], sum.w += high.y * factor[w];
+    }
+    return sum;
+}
+
+template <typename T> __device__ static void put_out(T *to, float4 value)
+{
+    *(uint2 *)to = make_uint2(pack2<T>(value.x, value.y), pack2<T>(value.z, value.w));
+}
+
+/* The pieces of a lane, side by side in memory: [n, group, dim] sums, [n, group] maxima and weights. */
+struct pieces {
+    const float *out;
+    const float2 *ends;
+    int n, group, dim;
+};
+
+/* The factor of each piece, by which its sums count, over the sum of all: a warp a head. */
+__device__ static void weigh_pieces(const struct pieces &p, float *factors)
 {
     const int thread = (int)threadIdx.x % 32;
-    for (int in_group = (int)threadIdx.x / 32; in_group < a.group; in_group += WARPS) {
+#pragma unroll 1
+    for (int in_group = (int)threadIdx.x / 32; in_group < p.group; in_group += WARPS) {
+        float2 piece[MOST_SPLITS / 32];
         float top = -INFINITY, sum = 0;
-        for (int s = thread; s < n; s += 32)
-            top = fmaxf(top, __ldcg(&a.partial[(first_piece + s) * a.group + in_group]).x);
+#pragma unroll
+        for (int k = 0; k < MOST_SPLITS / 32; k++) {
+            const int s = k * 32 + thread;
+            piece[k] = s < p.n ? __ldcg(&p.ends[s * p.group + in_group]) : make_float2(-INFINITY, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < MOST_SPLITS / 32; k++) top = fmaxf(top, piece[k].x);
         top = warp_max(top);
-        for (int s = thread; s < n; s += 32) {
-            const float2 piece = __ldcg(&a.partial[(first_piece + s) * a.group + in_group]);
-            const float factor = piece.x == -INFINITY ? 0 : exp2f(piece.x - top);
-            part->out[in_group * MOST_SPLITS + s] = factor;
-            sum += piece.y * factor;
+#pragma unroll
+        for (int k = 0; k < MOST_SPLITS / 32; k++) {
+            piece[k].x = piece[k].x == -INFINITY ? 0 : exp2f(piece[k].x - top);
+            sum += piece[k].y * piece[k].x;
         }
         sum = warp_sum(sum);
-        for (int s = thread; s < n; s += 32) part->out[in_group * MOST_SPLITS + s] *= sum > 0 ? 1 / sum : 0;
+        const float inverse = sum > 0 ? 1 / sum : 0;
+#pragma unroll
+        for (int k = 0; k < MOST_SPLITS / 32; k++)
+            factors[in_group * MOST_SPLITS + k * 32 + thread] = piece[k].x * inverse;
     }
 }
 
-/* The pieces of a lane, in their order, into the output row; four dimensions a thread. */
-template <typename T>
-__device__ static void join_pieces(const struct decode_arguments &a, struct block_part *part, int row, int head,
-                                   int64_t first_piece, int n)
+/* Four dimensions of pieces [s, s + JOIN_AHEAD). */
+__device__ static __forceinline__ void load_pieces(float4 *value, const struct pieces &p, int i, int s)
 {
-    const int width = a.group * a.kv.head_dim;
-    weigh_pieces(a, part, first_piece, n);
+    const float *from = p.out + (int64_t)s * p.group * p.dim + i;
+#pragma unroll
+    for (int k = 0; k < JOIN_AHEAD; k++)
+        value[k] = s + k < p.n ? __ldcg((const float4 *)(from + k * p.group * p.dim)) : make_float4(0, 0, 0, 0);
+}
+
+/* Adds up the pieces, in their order, into the output row; four dimensions a thread. The first ones are on their way
+ * while the factors are found. */
+template <typename T> __device__ static void join_pieces(struct pieces p, T *out, float *factors)
+{
+    const int width = p.group * p.dim, first = 4 * (int)threadIdx.x;
+    float4 value[JOIN_AHEAD];
+    if (first < width) load_pieces(value, p, first, 0);
+    weigh_pieces(p, factors);
     __syncthreads();
-    for (int i = 4 * (int)threadIdx.x; i < width; i += 4 * (int)blockDim.x) {
-        const float *factor = part->out + i / a.kv.head_dim * MOST_SPLITS;
-        const float4 *from = (const float4 *)(a.partial_out + first_piece * width + i);
+#pragma unroll 1
+    for (int i = first; i < width; i += 4 * (int)blockDim.x) {
+        const float *factor = factors + i / p.dim * MOST_SPLITS;
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int s = 0; s < n; s++) {
-            const float4 value = __ldcg(&from[(int64_t)s * (width / 4)]);
-            sum.x += value.x * factor[s], sum.y += value.y * factor[s];
-            sum.z += value.z * factor[s], sum.w += value.w * factor[s];
+#pragma unroll 1
+        for (int s = 0; s < p.n; s += JOIN_AHEAD) {
+            if (s > 0 || i > first) load_pieces(value, p, i, s);
+#pragma unroll
+            for (int k = 0; k < JOIN_AHEAD; k++) {
+                const float by = factor[s + k]; /* 0 past the last piece */
+                sum.x += value[k].x * by, sum.y += value[k].y * by;
+                sum.z += value[k].z * by, sum.w += value[k].w * by;
+            }
         }
-        *(uint2 *)((T *)a.out + row * a.out_stride + (int64_t)head * width + i) =
-            make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w));
+        put_out<T>(out + i, sum);
     }
 }
 
 /* The end of a piece: the warps' parts into the output row, or into its place among the lane's pieces, of which the
- * last one to be done adds up all. Whole block. */
-template <typename T, int HALVES, int PRODUCTS>
+ * last one to be done adds up all. Whole block. `meanwhile` asks for the next piece's first keys: behind the fence,
+ * which would wait for them. */
+template <typename T, int HALVES, int PRODUCTS, typename F>
 __device__ static void finish_item(const struct decode_arguments &a, struct block_part *part,
-                                   struct gathered<HALVES, PRODUCTS> *g, const struct decode_item &item)
+                                   struct gathered<HALVES, PRODUCTS> *g, const struct decode_item &item, F meanwhile)
 {
-    const int dim = a.kv.head_dim;
+    const int dim = a.kv.head_dim, width = a.group * dim;
     leave_part<HALVES, PRODUCTS>(part, g, a.group, a.scale);
     __syncthreads();
     const int64_t piece = (int64_t)item.head * a.capacity + item.at;
-    for (int i = (int)threadIdx.x; i < a.group * dim; i += (int)blockDim.x) {
-        float factor[WARPS], value = 0;
-        const int in_group = i / dim, d = i % dim;
+    T *out = (T *)a.out + item.row * a.out_stride + (int64_t)item.head * width;
+#pragma unroll 1
+    for (int i = 4 * (int)threadIdx.x; i < width; i += 4 * (int)blockDim.x) {
+        float factor[WARPS];
+        const int in_group = i / dim, d = i - in_group * dim;
         const float2 joined = join_warps(part, in_group, factor);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) value += part_row<HALVES>(part, w, in_group, a.group)[d] * factor[w];
+        float4 value = add_parts<HALVES>(part, in_group, d, a.group, factor);
         if (item.n_splits == 1) {
-            ((T *)a.out)[item.row * a.out_stride + (int64_t)item.head * a.group * dim + i] =
-                from_float<T>(joined.y > 0 ? value / joined.y : 0.0f);
+            const float inverse = joined.y > 0 ? 1 / joined.y : 0;
+            value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
+            put_out<T>(out + i, value);
         } else {
-            a.partial_out[piece * a.group * dim + i] = value;
+            *(float4 *)&a.partial_out[piece * width + i] = value;
             if (d == 0) a.partial[piece * a.group + in_group] = joined;
         }
     }
-    if (item.n_splits > 1) {
-        __threadfence();
-        __syncthreads();
-        int32_t *counter = &a.counter[item.head * a.counter_stride + item.row];
-        if (threadIdx.x == 0) part->last = atomicAdd(counter, 1) == item.n_splits - 1;
-        __syncthreads();
-        if (part->last) {
-            __threadfence();
-            join_pieces<T>(a, part, item.row, item.head, piece - item.split, item.n_splits);
-            if (threadIdx.x == 0) *counter = 0;
-        }
+    if (item.n_splits == 1) {
+        meanwhile();
+        __syncthreads(); /* before the next item overwrites the parts */
+        return;
     }
-    __syncthreads(); /* before the next item overwrites the parts */
+    int32_t *counter = &a.counter[item.head * a.counter_stride + item.row];
+    int done = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence(); /* what the block has written comes before */
+        done = atomicAdd(counter, 1);
+    }
+    meanwhile();
+    if (threadIdx.x == 0) {
+        part->last = done == item.n_splits - 1;
+        if (part->last) __threadfence(); /* what the others have written is read after */
+    }
+    __syncthreads();
+    if (part->last) {
+        const int64_t first = (piece - item.split) * a.group;
+        const struct pieces p = {a.partial_out + first * dim, a.partial + first, item.n_splits, a.group, dim};
+        join_pieces<T>(p, out, part->out);
+        if (threadIdx.x == 0) *counter = 0;
+        __syncthreads(); /* before the next item overwrites the factors */
+    }
 }
 
 template <int HALVES, int PRODUCTS> __device__ static void begin_gathering(struct gathered<HALVES, PRODUCTS> *g)
@@ -355,7 +474,7 @@ __device__ static void list_ends(const struct decode_arguments &a, int *ends)
     int before = 0;
     for (int first = 0; first < a.n_kv_heads && threadIdx.x < 32; first += 32) {
         const int head = first + (int)threadIdx.x;
-        int upto = head < a.n_kv_heads ? a.count[a.lane + head] : 0;
+        int upto = head < a.n_kv_heads ? __ldcg(&a.count[a.lane + head]) : 0;
         for (int step = 1; step < 32; step *= 2) {
             const int below = __shfl_up_sync(~0u, upto, step);
             if ((int)threadIdx.x >= step) upto += below;

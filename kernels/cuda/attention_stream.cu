@@ -25,23 +25,6 @@ INLINE void bulk_copy(uint32_t to, const void *from, int bytes, uint32_t barrier
                  : "memory");
 }
 
-INLINE int tiles_of(const struct decode_item &item)
-{
-    const int rest = item.end - item.first - (int)(threadIdx.x / 32) * TILE;
-    return rest > 0 ? (rest + WARPS * TILE - 1) / (WARPS * TILE) : 0;
-}
-INLINE int token_of(const struct decode_item &item, int tile)
-{
-    return item.first + (tile * WARPS + (int)(threadIdx.x / 32)) * TILE;
-}
-
-/* The page numbers of 32 tiles of the warp from `tile` on, one a thread. */
-INLINE int pages_from(const struct decode_arguments &a, const struct decode_item &item, int tile)
-{
-    const int token = token_of(item, tile + (int)threadIdx.x % 32);
-    return token < item.end ? a.kv.page_row[(int64_t)item.lane * a.kv.max_pages + token / a.kv.page_size] : 0;
-}
-
 /* Asks for a tile, of whose page numbers the first 32 are in *pages. The whole of it: what lies behind the lane's end
  * is room of the page. */
 INLINE void put_tile(struct stream *s, const struct decode_arguments &a, const struct decode_item &item, int tile,
@@ -75,9 +58,9 @@ __device__ static __forceinline__ void gather_tile(struct gathered<(CHUNKS + 1) 
     const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4;
     uint4 low[CHUNKS], high[CHUNKS], v[HALVES][4];
     float scores[PRODUCTS][4];
-    load_keys<CHUNKS, FULL>(low, high, place, row_bytes, r, t, n_valid);
+    load_keys<CHUNKS, FULL, false>(low, high, place, row_bytes, r, t, n_valid);
     score_tile<T, CHUNKS, PRODUCTS, FULL>(scores, low, high, q, r, n_valid);
-    load_values<HALVES, FULL>(v, place + TILE * row_bytes, row_bytes, r, t, n_valid);
+    load_values<HALVES, FULL, false>(v, place + TILE * row_bytes, row_bytes, r, t, n_valid);
     take_tile<T, HALVES, PRODUCTS>(g, scores, v, scale);
 }
 
@@ -128,15 +111,19 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2)
     barriers_ready();
     __syncthreads();
     let_successor_start();
-    wait_for_predecessor();
-    clear_padding<T>(a);
+    const bool padding = has_padding(a);
     list_ends(a, ends);
     const int n_items = ends[a.n_kv_heads - 1], end = first_item(n_items, (int)blockIdx.x + 1);
-    int at = first_item(n_items, (int)blockIdx.x);
+    int at = first_item(n_items, (int)blockIdx.x), pages = 0, tile = 0;
+    struct decode_item item = {};
+    if (at < end) item = fetch_item(a, ends, at), pages = pages_from(a, item, 0);
+    const int n_first = tiles_of(item) < stages ? tiles_of(item) : stages;
+    for (; tile < n_first && tile_is_old(item, tile); tile++) put_tile(&s, a, item, tile, &pages);
+    wait_for_predecessor();
+    if (padding) clear_padding<T>(a);
     if (at >= end) return;
-    struct decode_item item = fetch_item(a, ends, at);
-    int pages = pages_from(a, item, 0);
-    for (int tile = 0; tile < stages && tile < tiles_of(item); tile++) put_tile(&s, a, item, tile, &pages);
+    if (ends_in_new_page(a, item)) pages = pages_from(a, item, 0);
+    for (; tile < n_first; tile++) put_tile(&s, a, item, tile, &pages);
     for (;;) {
         struct gathered<HALVES, PRODUCTS> g;
         uint4 q[PRODUCTS][CHUNKS];
@@ -148,8 +135,8 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2)
         load_queries<T, CHUNKS, PRODUCTS>(q, a, item.row, item.head);
         stream_item<T, CHUNKS, PRODUCTS>(&s, &g, a, item, q, &pages, next, &next_pages);
         pages = next_pages;
-        for (int tile = 0; more && tile < stages && tile < tiles_of(next); tile++) put_tile(&s, a, next, tile, &pages);
-        finish_item<T, HALVES, PRODUCTS>(a, part, &g, item);
+        for (tile = 0; more && tile < stages && tile < tiles_of(next); tile++) put_tile(&s, a, next, tile, &pages);
+        finish_item<T, HALVES, PRODUCTS>(a, part, &g, item, [] {});
         if (!more) return;
         item = next;
     }

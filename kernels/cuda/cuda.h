@@ -37,7 +37,7 @@ struct cuda {
     struct ops_limits limits;            /* of ops_reserve */
     int32_t *work_item;                  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
     int32_t *work_count;                 /* [max_lanes] pieces of each lane */
-    int work_capacity, split_tokens;
+    int work_capacity, split_tokens, most_pieces;
     void *workspace;  /* of cuBLASLt */
     int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head are done */
     int n_counters;

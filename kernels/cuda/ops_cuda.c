@@ -183,22 +183,32 @@ static int download_marked(struct ops *o, void *to_host, const void *from, size_
 
 /* ---- scratch ---- */
 
-/* Long lanes are cut into pieces of this many tokens: fixed by the configuration, so that a sequence's result does not
- * depend on its neighbours. */
-static int choose_split(const struct ops_limits *limits)
+/* Read once, for measuring: the value of an environment variable, or what is right without. */
+static int chosen(const char *name, int otherwise, int most)
 {
-    enum { SHORT = 256, LONG = 512, MANY_SEQUENCES = 16, MOST_PIECES = 256 };
-    int split = limits->max_seqs < MANY_SEQUENCES ? SHORT : LONG; /* few lanes need many pieces to fill the device */
-    while ((limits->max_context + split - 1) / split > MOST_PIECES) split *= 2;
-    return split;
+    const char *text = getenv(name);
+    const long value = text ? strtol(text, NULL, 10) : 0;
+    return value > 0 && value <= most ? (int)value : otherwise;
+}
+
+/* Lanes are cut into pieces of this many tokens, long ones into so many larger pieces: fixed by the configuration, so
+ * that a sequence's result does not depend on its neighbours. Few lanes need many pieces to fill the device. A long
+ * lane's pieces are as many as eight heads need to give every block one. */
+static void choose_pieces(struct cuda *c, const struct ops_limits *limits)
+{
+    enum { SHORT = 128, LONG = 512, MANY_SEQUENCES = 16, MOST_PIECES = 48, PLACES = 128 };
+    const bool few = limits->max_seqs < MANY_SEQUENCES;
+    c->split_tokens = chosen("VITRAIL_DECODE_SPLIT", few ? SHORT : LONG, 1 << 20);
+    c->most_pieces = chosen("VITRAIL_DECODE_PIECES", MOST_PIECES, PLACES);
 }
 
 /* What lives from one launch to the next, in front of the families' scratch. */
 static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct arena *arena)
 {
     static const char label[] = "op scratch";
-    c->split_tokens = choose_split(limits);
-    c->work_capacity = limits->max_seqs * ((limits->max_context + c->split_tokens - 1) / c->split_tokens + 1);
+    choose_pieces(c, limits);
+    const int pieces = (limits->max_context + c->split_tokens - 1) / c->split_tokens + 1; /* of a full lane */
+    c->work_capacity = limits->max_seqs * (pieces < c->most_pieces ? pieces : c->most_pieces);
     c->n_counters = limits->max_seqs * limits->max_heads;
     size_t lanes = (size_t)limits->max_lanes;
     TRY(arena_take(arena, lanes * (size_t)c->work_capacity * 4 * sizeof(int32_t), label, &c->work_item));
