@@ -343,7 +343,8 @@ int ops_attention_prefill(struct ops *o, struct tensor out, struct tensor q, str
                           const struct seq_batch *batch, const struct kv_view *kv,
                           const struct attention_heads *heads) MUST_CHECK;
 /* ops_decode_begin - once before the layers of a decode step: lists the work of its attention from the lanes' lengths
- * plus the one token that each is about to get. */
+ * plus the one token that each is about to get. Until the step's last attention_decode the batch's slots stay as they
+ * are and its lanes change by that append alone: a GPU reads their older tokens before the append has ended. */
 int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv) MUST_CHECK;
 /* ops_attention_decode - one query row a sequence over its whole lane, after kv_append. slot < 0: padding row, out 0. A
  * row's result does not depend on the other rows of the batch. */

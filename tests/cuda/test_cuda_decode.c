@@ -143,6 +143,42 @@ static void test_long(void)
     cuda_end(f);
 }
 
+static void reserve_for(struct cuda_fixture *f, int max_seqs, int max_context)
+{
+    const struct ops_limits limits = {.max_tokens = 4096,
+                                      .max_seqs = max_seqs,
+                                      .max_context = max_context,
+                                      .max_in_features = 14336,
+                                      .max_heads = 64,
+                                      .head_dim = 128,
+                                      .vocab_size = 128256,
+                                      .max_lanes = MOST_LANES};
+    size_t bytes;
+    RUN(f, ops_reserve(&f->cpu->ops, &limits, &bytes, false));
+    RUN(f, ops_reserve(&f->gpu, &limits, &bytes, false));
+}
+
+/* A backend for few sequences, whose pieces are shorter: lanes of one piece, of two, of the most and of the most that
+ * are longer than others' are; groups of every size; and more rows than the kernel for few takes. */
+static void test_pieces(void)
+{
+    static const int lengths[] = {0, 1, 63, 64, 127, 128, 129, 255, 2047, 6143, 6144, 6145, 9001, 20000};
+    struct cuda_fixture *f = cuda_begin(6);
+    reserve_for(f, 12, 20480);
+    for (int i = 0; i < 14; i++) {
+        if (f->effort == SOME && i % 3) continue;
+        if (f->effort == QUICK && lengths[i] != 129) continue;
+        compare_decode(f, (struct shape){1 + i % 2, groups[i % 7], dims[6 - i % 7], 16}, 2, lengths[i], STALE_LARGE);
+        compare_decode(f, (struct shape){1, groups[(i + 3) % 7], 128, 16 + i % 3 * 16}, 2, lengths[i], STALE_NAN);
+    }
+    for (int group = 1; group <= 16 && f->effort == ALL; group++)
+        compare_decode(f, (struct shape){1, group, group % 2 ? 128 : 64, 16}, 2, 6200 + 17 * group, STALE_LARGE);
+    for (int i = 0; i < 7 && f->effort == ALL; i += 2)
+        compare_decode(f, (struct shape){2, groups[i], dims[6 - i], 16}, 8, 6300 + i, STALE_LARGE);
+    reserve_for(f, 64, 4352);
+    cuda_end(f);
+}
+
 /* Pages of other sizes, and pages that once held not-a-numbers. */
 static void test_odd_pages(void)
 {
@@ -321,6 +357,7 @@ int main(int argc, char **argv)
 {
     const struct check_case cases[] = {{"heads, groups and lengths", test_shapes},
                                        {"long lanes, many rows", test_long},
+                                       {"few and many pieces", test_pieces},
                                        {"odd pages", test_odd_pages},
                                        {"steps replayed", test_run_step},
                                        {"steps that fail", test_failing_step},
