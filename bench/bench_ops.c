@@ -319,7 +319,8 @@ static double time_sampling(struct bench *b, float temperature, float top_p, int
     float logprob[8 * (1 + MAX_LOGPROBS)];
     int32_t token[8 * (1 + MAX_LOGPROBS)];
     struct sampling_state state = {
-        params, calloc((size_t)n * (size_t)b->model.vocab, 4), next, position, logprob, token, b->model.vocab, n};
+        params, calloc((size_t)n * (size_t)b->model.vocab, 4), next, position, logprob, token, b->model.vocab, n, NULL,
+        NULL};
     struct tensor logits = tensor_2d(malloc((size_t)n * (size_t)b->model.vocab * 4), DTYPE_F32, n, b->model.vocab);
     double best = 1e9;
     for (int i = 0; i < n; i++) {

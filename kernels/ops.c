@@ -502,3 +502,22 @@ int ops_sampling_begin(struct ops *o, const struct sampling_state *state, int sl
     if (n_prompt) POINTER(prompt_ids);
     return o->vt->sampling_begin(o, state, slot, params, prompt_ids, n_prompt);
 }
+
+int ops_sampling_force(struct ops *o, const struct sampling_state *state, int slot, int n_prompt, const int32_t *tokens,
+                       int n)
+{
+    TRY(check_sampling_state(__func__, state));
+    if (n == 0) return OK;
+    if (slot < 0 || slot >= state->n_slots)
+        FAIL(ERR_ARG, "ops_sampling_force: slot %d, the state has %d", slot, state->n_slots);
+    POINTER(tokens);
+    TRY(ops_check__pointer(__func__, "state.forced_span", state->forced_span));
+    TRY(ops_check__pointer(__func__, "state.forced", state->forced));
+    if (n < 0 || n > MAX_FORCED) FAIL(ERR_ARG, "ops_sampling_force: %d tokens, expected 0 .. %d", n, MAX_FORCED);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= state->vocab_size)
+            FAIL(ERR_ARG, "ops_sampling_force: token %d is %d, the vocabulary has %d", i, tokens[i], state->vocab_size);
+    struct forced_span span = {n_prompt, n};
+    TRY(ops_upload(o, state->forced + (size_t)slot * MAX_FORCED, tokens, (size_t)n * sizeof *tokens));
+    return ops_upload(o, state->forced_span + slot, &span, sizeof span);
+}

@@ -131,7 +131,14 @@ struct sampling_state {
                                and temperature) */
     int32_t *logprob_token; /* [n_slots, 1 + MAX_LOGPROBS] */
     int vocab_size, n_slots;
+    struct forced_span *forced_span; /* [n_slots]; NULL: tokens are never forced */
+    int32_t *forced;                 /* [n_slots, MAX_FORCED] tokens of a slot's span */
 };
+/* Positions [first, first + n) of a slot take given tokens, whatever the logits say. */
+struct forced_span {
+    int32_t first, n;
+};
+enum { MAX_FORCED = 256 };
 enum { TOKEN_COUNT_MASK = (1 << 24) - 1, TOKEN_IN_PROMPT = 1 << 30 };
 
 /* What the device can do, measured, for bench: the bars that a step's speed is held against. */
@@ -408,11 +415,17 @@ int ops_average_pool(struct ops *o, struct tensor y, struct tensor x, int width)
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).
  * Order as vLLM's: repetition, frequency and presence penalties; temperature; min_p; top_k; top_p. Writes next_token,
- * logprob and token_count of the slot and adds 1 to its position. The same bits in give the same token out. */
+ * logprob and token_count of the slot and adds 1 to its position. The same bits in give the same token out. A position
+ * of the slot's forced_span takes its forced token instead. */
 int ops_sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state) MUST_CHECK;
 /* ops_sampling_begin - a new sequence in a slot: parameters, prompt marks (prompt_ids device [n_prompt], < 0 or past
  * the vocabulary ignored), counts zero, position such that the first sampled token has position n_prompt. */
 int ops_sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                        const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt) MUST_CHECK;
+/* ops_sampling_force - after ops_sampling_begin: the slot's first n tokens (at most MAX_FORCED) behind a prompt of
+ * n_prompt tokens will be `tokens` (host [n], copied); their log-probabilities, counts and positions are as if they had
+ * been sampled. n 0 is fine. */
+int ops_sampling_force(struct ops *o, const struct sampling_state *state, int slot, int n_prompt, const int32_t *tokens,
+                       int n) MUST_CHECK;
 
 #endif

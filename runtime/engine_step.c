@@ -18,6 +18,8 @@ static int begin_sequences(struct engine *e, const struct step_view *v)
         if (b->n_spans) memcpy(slot->spans, v->spans + b->first_span, (size_t)b->n_spans * sizeof *slot->spans);
         TRY(model_begin_sequence(e->resources.model, b->slot, v->ids + b->first_id, b->n_ids, &b->sampling,
                                  &e->resources.sampling));
+        TRY(ops_sampling_force(&e->ops, &e->resources.sampling, b->slot, b->n_ids, v->ids + b->first_forced,
+                               b->n_forced));
     }
     return OK;
 }

@@ -29,10 +29,10 @@ struct step_limits plan_step_limits(const struct config *c, const struct model_d
     size_t side = dims->family == MODEL_LLAVA ? (size_t)dims->vision.image_size : 0;
     /* A sequence's whole prompt comes with its first rows beside the rows themselves, and one prompt may exceed them.
      */
-    int ids = 2 * c->max_num_batched_tokens + c->max_model_len;
+    int prompts = 2 * c->max_num_batched_tokens + c->max_model_len, ids = prompts + c->max_num_seqs * MAX_FORCED;
     return (struct step_limits){.max_seqs = c->max_num_seqs,
                                 .max_ids = ids,
-                                .max_spans = images ? ids / dims->vision.n_image_tokens + 1 : 0,
+                                .max_spans = images ? prompts / dims->vision.n_image_tokens + 1 : 0,
                                 .max_images = images,
                                 .image_bytes = side * side * 3};
 }

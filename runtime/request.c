@@ -8,6 +8,7 @@ void request_free(struct request *request)
     free(request->ids);
     free(request->spans);
     free(request->pixels);
+    free(request->forced);
     for (int i = 0; i < request->n_stops; i++) free(request->stop[i]);
     memset(request, 0, sizeof *request);
 }

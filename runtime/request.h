@@ -31,6 +31,10 @@ struct request {
     int n_stop_ids;
     bool include_stop;
     struct kv_budget budget; /* of this request; preset from the configuration */
+    /* [n_forced] malloc'd: the first generated tokens, whatever the logits say; at most MAX_FORCED (kernels/ops.h) and
+     * max_tokens. Stop conditions begin to count with the last of them. */
+    int32_t *forced;
+    int n_forced;
 };
 
 /* request_free - frees what the request owns, not the struct. Accepts a zeroed one. */
@@ -53,6 +57,7 @@ struct completion {
     const int *kept_tokens_per_layer; /* [n_layers] */
     int n_layers;
     int64_t bytes_full, bytes_kept;
+    double bytes_read_per_step; /* what attention reads of the cache in a decode step, mean; 0 without such a step */
     double queue_seconds, first_token_seconds, total_seconds; /* since submission */
     /* Log-probabilities, if asked for: per generated token 1 + n_logprobs pairs, the chosen one first. */
     const float *logprob;

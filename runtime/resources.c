@@ -179,6 +179,8 @@ static int place_sampling(struct resources *r, struct arena *arena)
     TRY(arena_take(arena, slots * sizeof *s->position, label, &s->position));
     TRY(arena_take(arena, pairs * sizeof *s->logprob, label, &s->logprob));
     TRY(arena_take(arena, pairs * sizeof *s->logprob_token, label, &s->logprob_token));
+    TRY(arena_take(arena, slots * sizeof *s->forced_span, label, &s->forced_span));
+    TRY(arena_take(arena, slots * MAX_FORCED * sizeof *s->forced, label, &s->forced));
     TRY(arena_take(arena, 2 * (slots + 1) * sizeof *r->tokens, label, &r->tokens));
     TRY(arena_take(arena, 2 * pairs * sizeof *r->logprob, label, &r->logprob));
     return arena_take(arena, 2 * pairs * sizeof *r->logprob_token, label, &r->logprob_token);

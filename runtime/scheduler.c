@@ -126,6 +126,12 @@ static int check_request(const struct scheduler *s, const struct request *r, int
     if (r->n_ids > c->max_model_len - r->max_tokens)
         FAIL(ERR_REQUEST, "prompt of %d tokens and max_tokens %d exceed max_model_len %d", r->n_ids, r->max_tokens,
              c->max_model_len);
+    if (r->n_forced < 0 || r->n_forced > MAX_FORCED || r->n_forced > r->max_tokens)
+        FAIL(ERR_REQUEST, "%d forced tokens, at most %d and max_tokens %d are served", r->n_forced, MAX_FORCED,
+             r->max_tokens);
+    for (int i = 0; i < r->n_forced; i++)
+        if (r->forced[i] < 0 || r->forced[i] >= s->dims->vocab_size)
+            FAIL(ERR_REQUEST, "forced token %d is %d, the vocabulary has %d", i, r->forced[i], s->dims->vocab_size);
     if (!pages_fits(s->pages, r->n_ids + r->max_tokens))
         FAIL(ERR_REQUEST, "prompt of %d tokens and max_tokens %d do not fit the KV pool; raise kv_cache_memory_bytes",
              r->n_ids, r->max_tokens);
@@ -205,7 +211,7 @@ static bool draft_chunk(struct scheduler *s, struct sequence *seq)
     h->n_ids += n;
     if (seq->begun) return true;
     h->n_begin++;
-    h->n_ids += r->n_ids;
+    h->n_ids += r->n_ids + r->n_forced;
     h->n_spans += r->n_images;
     return true;
 }
@@ -239,9 +245,13 @@ static void pack_begin(const struct sequence *seq, struct step_begin *to, int32_
                               .first_id = *n_ids,
                               .n_spans = r->n_images,
                               .first_span = *n_spans,
-                              .last_turn_start = r->last_turn_start};
+                              .last_turn_start = r->last_turn_start,
+                              .n_forced = r->n_forced,
+                              .first_forced = *n_ids + r->n_ids};
     memcpy(ids + *n_ids, r->ids, (size_t)r->n_ids * sizeof *ids);
     *n_ids += r->n_ids;
+    if (r->n_forced) memcpy(ids + *n_ids, r->forced, (size_t)r->n_forced * sizeof *ids);
+    *n_ids += r->n_forced;
     if (r->n_images) memcpy(spans + *n_spans, r->spans, (size_t)r->n_images * sizeof *spans);
     *n_spans += r->n_images;
 }

@@ -41,7 +41,7 @@ void sequence_clear(struct sequence *seq)
 static bool ends_generation(const struct sequence *seq, const struct sequence_facts *facts, int32_t token)
 {
     const struct request *r = &seq->request;
-    if (seq->n_tokens < r->min_tokens) return false;
+    if (seq->n_tokens < r->min_tokens || seq->n_tokens < r->n_forced) return false;
     for (int i = 0; i < r->n_stop_ids; i++)
         if (token == r->stop_id[i]) return true;
     for (int i = 0; !r->ignore_eos && i < facts->n_eos_ids; i++)
@@ -67,14 +67,16 @@ static void store_logprobs(struct sequence *seq, const float *logprob, const int
 int sequence_push(struct sequence *seq, const struct sequence_facts *facts, int32_t token, const float *logprob,
                   const int32_t *logprob_token)
 {
-    bool stopped = false;
+    const struct request *r = &seq->request;
+    bool stopped = false, may_stop;
     if (!seq->n_tokens) seq->first_token_at = clock_seconds();
     store_logprobs(seq, logprob, logprob_token);
     seq->tokens[seq->n_tokens++] = token;
     if (ends_generation(seq, facts, token)) return sequence_complete(seq, facts, FINISH_STOP);
-    TRY(text_stream_push(&seq->stream, token, seq->n_tokens >= seq->request.min_tokens, &stopped));
+    may_stop = seq->n_tokens >= r->min_tokens && seq->n_tokens >= r->n_forced;
+    TRY(text_stream_push(&seq->stream, token, may_stop, &stopped));
     if (stopped) return sequence_complete(seq, facts, FINISH_STOP);
-    if (seq->n_tokens == seq->request.max_tokens) return sequence_complete(seq, facts, FINISH_LENGTH);
+    if (seq->n_tokens == r->max_tokens) return sequence_complete(seq, facts, FINISH_LENGTH);
     show(seq, false);
     return OK;
 }
@@ -84,6 +86,24 @@ static int64_t kept_bytes(const struct sequence *seq, const struct sequence_fact
     int64_t tokens = 0;
     for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l];
     return tokens * facts->token_bytes / facts->n_layers;
+}
+
+/* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1): every token kept of the
+ * prompt and the i that follow it. A policy whose steps read a selection, or more than K and V, has its own count here.
+ */
+static double step_bytes(const struct sequence *seq, const struct sequence_facts *facts, int i)
+{
+    int64_t tokens = 0;
+    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + i;
+    return (double)tokens * (double)facts->token_bytes / facts->n_layers;
+}
+
+static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts)
+{
+    double sum = 0;
+    if (!seq->kept || seq->n_tokens < 2) return 0;
+    for (int i = 1; i < seq->n_tokens; i++) sum += step_bytes(seq, facts, i);
+    return sum / (seq->n_tokens - 1);
 }
 
 int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, enum finish_reason reason)
@@ -104,6 +124,7 @@ int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, 
                               .n_layers = seq->kept ? facts->n_layers : 0,
                               .bytes_full = facts->token_bytes * r->n_ids,
                               .bytes_kept = seq->kept ? kept_bytes(seq, facts) : 0,
+                              .bytes_read_per_step = read_per_step(seq, facts),
                               .queue_seconds = (seq->admitted_at > 0 ? seq->admitted_at : now) - seq->submitted_at,
                               .first_token_seconds = seq->n_tokens ? seq->first_token_at - seq->submitted_at : 0,
                               .total_seconds = now - seq->submitted_at,

@@ -24,6 +24,7 @@ struct step_begin {
     struct sampling_params sampling;
     struct kv_budget budget;
     int32_t slot, n_ids, first_id, n_spans, first_span, last_turn_start;
+    int32_t n_forced, first_forced; /* of the message's ids: tokens that it must generate first */
 };
 
 /* Some prompt rows of a slot. */

@@ -154,6 +154,7 @@ struct answer {
     size_t text_size, shown_size;
     enum finish_reason reason;
     int64_t bytes_full, bytes_kept;
+    double bytes_read_per_step;
     float *logprob;
     int32_t *logprob_token;
 };
@@ -192,6 +193,7 @@ static inline void answer_done(void *arg, const struct completion *c)
     for (int l = 0; l < a->n_layers; l++) a->kept[l] = c->kept_tokens_per_layer[l];
     a->bytes_full = c->bytes_full;
     a->bytes_kept = c->bytes_kept;
+    a->bytes_read_per_step = c->bytes_read_per_step;
     a->n_logprobs = c->n_logprobs;
     if (!c->n_logprobs) return;
     a->logprob = copy_of(c->logprob, pairs * sizeof *c->logprob);

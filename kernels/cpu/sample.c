@@ -231,6 +231,29 @@ static double best_logprobs(const struct vector_ops *v, const float *logits, flo
     return log_sum;
 }
 
+/* The token that the slot must take at a position; -1: what is sampled. */
+static int32_t forced_token(const struct sampling_state *state, int slot, int32_t position)
+{
+    if (!state->forced_span) return -1;
+    const struct forced_span span = state->forced_span[slot];
+    const int32_t at = position - span.first;
+    return at >= 0 && at < span.n ? state->forced[(int64_t)slot * MAX_FORCED + at] : -1;
+}
+
+static int32_t choose(const struct vector_ops *v, const float *logits, const int32_t *token_count, int64_t n,
+                      const struct sampling_params *p, int32_t position, float *adjusted, struct candidate *candidates)
+{
+    const float *scored = penalise(adjusted, logits, token_count, n, p);
+    int32_t chosen = best_id(v, scored, n);
+    if (p->temperature >= LEAST_TEMPERATURE) {
+        struct ranking ranking;
+        weigh(v, adjusted, scored, n, p);
+        int32_t drawn = draw(&ranking, adjusted, n, p, candidates, uniform(p->seed, position));
+        chosen = drawn >= 0 ? drawn : chosen;
+    }
+    return chosen;
+}
+
 static void sample_row(const struct vector_ops *v, const float *logits, int slot, const struct sampling_state *state,
                        float *adjusted, struct candidate *candidates)
 {
@@ -243,14 +266,8 @@ static void sample_row(const struct vector_ops *v, const float *logits, int slot
     const int32_t position = ++state->position[slot];
     double log_sum = 0;
     if (n_logprobs > 0) log_sum = best_logprobs(v, logits, adjusted, n, n_logprobs, logprob + 1, logprob_token + 1);
-    const float *scored = penalise(adjusted, logits, token_count, n, p);
-    int32_t chosen = best_id(v, scored, n);
-    if (p->temperature >= LEAST_TEMPERATURE) {
-        struct ranking ranking;
-        weigh(v, adjusted, scored, n, p);
-        int32_t drawn = draw(&ranking, adjusted, n, p, candidates, uniform(p->seed, position));
-        chosen = drawn >= 0 ? drawn : chosen;
-    }
+    int32_t chosen = forced_token(state, slot, position);
+    if (chosen < 0) chosen = choose(v, logits, token_count, n, p, position, adjusted, candidates);
     state->next_token[slot] = chosen;
     if ((token_count[chosen] & TOKEN_COUNT_MASK) < TOKEN_COUNT_MASK) token_count[chosen]++;
     if (n_logprobs > 0) {
@@ -285,5 +302,6 @@ int cpu__sampling_begin(struct ops *o, const struct sampling_state *state, int s
         if (prompt_ids[i] >= 0 && prompt_ids[i] < state->vocab_size) token_count[prompt_ids[i]] = TOKEN_IN_PROMPT;
     state->params[slot] = *params;
     state->position[slot] = n_prompt - 1;
+    if (state->forced_span) state->forced_span[slot].n = 0;
     return OK;
 }

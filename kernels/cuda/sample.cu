@@ -238,6 +238,27 @@ __device__ static double best_logprobs(struct sampling_block *b, const struct sa
 /* Scratch for a row of n values that is aligned to 16 bytes as any other. */
 static __host__ __device__ size_t scratch_pitch(int n) { return ((size_t)n + 3 + 3) / 4 * 4; }
 
+/* The token that the slot must take at a position; -1: what is sampled. */
+__device__ static int forced_token(const struct sampling_state *state, int slot, int32_t position)
+{
+    if (!state->forced_span) return -1;
+    const struct forced_span span = state->forced_span[slot];
+    const int32_t at = position - span.first;
+    return at >= 0 && at < span.n ? state->forced[(int64_t)slot * MAX_FORCED + at] : -1;
+}
+
+/* Into block.chosen; ends without a barrier. Whole block. */
+__device__ static void choose(struct sampling_block *block, struct sampling_row *row, const struct sampling_params *p,
+                              int32_t position)
+{
+    const unsigned long long best = score(block, row, p);
+    const int first = best ? ranked_id(best) : 0;
+    if (threadIdx.x == 0) block->chosen = first;
+    if (p->temperature < LEAST_TEMPERATURE || !best) return;
+    const int drawn = draw(&block->order, row, p, row->scored[first], position);
+    if (threadIdx.x == 0 && drawn >= 0) block->chosen = drawn;
+}
+
 __global__ static void __launch_bounds__(SELECT_THREADS)
     sample_kernel(float *logits, int64_t stride, const int32_t *slots, struct sampling_state state, float *scratch)
 {
@@ -257,15 +278,13 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
         if (threadIdx.x == 0) block.log_sum = log_sum;
         row.adjusted = scratch + blockIdx.x * scratch_pitch(n) + (uintptr_t)logits / sizeof *logits % 4;
     }
-    const unsigned long long best = score(&block, &row, p);
-    const int first = best ? ranked_id(best) : 0;
-    if (threadIdx.x == 0) block.chosen = first;
-    if (p->temperature >= LEAST_TEMPERATURE && best) {
-        const int drawn = draw(&block.order, &row, p, row.scored[first], state.position[slot] + 1);
-        if (threadIdx.x == 0 && drawn >= 0) block.chosen = drawn;
-    }
+    const int forced = forced_token(&state, slot, state.position[slot] + 1);
+    if (forced >= 0)
+        __syncthreads(); /* all have read the position that thread 0 moves on */
+    else
+        choose(&block, &row, p, state.position[slot] + 1);
     if (threadIdx.x) return;
-    const int chosen = block.chosen;
+    const int chosen = forced >= 0 ? forced : block.chosen;
     int32_t *token_count = state.token_count + (int64_t)slot * n + chosen;
     state.position[slot]++;
     state.next_token[slot] = chosen;
@@ -304,6 +323,7 @@ __global__ static void begin_kernel(struct sampling_state state, int slot, struc
     if (first == 0) {
         state.params[slot] = params;
         state.position[slot] = n_prompt - 1;
+        if (state.forced_span) state.forced_span[slot].n = 0;
     }
 }
 

@@ -9,7 +9,7 @@ enum { ALLOWED = 2, SLOTS = 64 };
 
 struct state {
     struct sampling_state gpu, cpu;
-    struct pair params, token_count, next_token, position, logprob, logprob_token;
+    struct pair params, token_count, next_token, position, logprob, logprob_token, forced_span, forced;
 };
 
 static struct state take_state(struct cuda_fixture *f, int slots, int vocab)
@@ -20,13 +20,15 @@ static struct state take_state(struct cuda_fixture *f, int slots, int vocab)
                       .next_token = pair_of(f, NULL, n * 4),
                       .position = pair_of(f, NULL, n * 4),
                       .logprob = pair_of(f, NULL, logprobs),
-                      .logprob_token = pair_of(f, NULL, logprobs)};
+                      .logprob_token = pair_of(f, NULL, logprobs),
+                      .forced_span = pair_of(f, NULL, n * sizeof(struct forced_span)),
+                      .forced = pair_of(f, NULL, n * MAX_FORCED * 4)};
     s.gpu = (struct sampling_state){
         s.params.gpu, s.token_count.gpu, s.next_token.gpu, s.position.gpu, s.logprob.gpu, s.logprob_token.gpu, vocab,
-        slots};
+        slots,        s.forced_span.gpu, s.forced.gpu};
     s.cpu = (struct sampling_state){
         s.params.cpu, s.token_count.cpu, s.next_token.cpu, s.position.cpu, s.logprob.cpu, s.logprob_token.cpu, vocab,
-        slots};
+        slots,        s.forced_span.cpu, s.forced.cpu};
     return s;
 }
 
@@ -159,6 +161,38 @@ static void test_steps(void)
     cuda_end(f);
 }
 
+/* Given tokens: some slots have none, some two, some more than are sampled; a new sequence forgets them. */
+static void test_forced(void)
+{
+    struct cuda_fixture *f = cuda_begin(6);
+    enum { ROWS = 6, VOCAB = 3000, STEPS = 4 };
+    struct state s = take_state(f, ROWS, VOCAB);
+    int32_t given[MAX_FORCED], slot[ROWS], from[ROWS];
+    for (int i = 0; i < MAX_FORCED; i++) given[i] = fixture_int(f->cpu, 0, VOCAB - 1);
+    for (int turn = 0; turn < 2; turn++) {
+        for (int i = 0; i < ROWS; i++) {
+            struct sampling_params p = {.top_p = 1, .repetition_penalty = 1, .n_logprobs = i % 2 ? 3 : 0};
+            p.frequency_penalty = i == 3 ? 50 : 0;
+            slot[i] = ROWS - 1 - i;
+            from[i] = i == 5 ? MAX_FORCED - 2 : 2 * i;
+            begin(f, &s, i, &p, given, 3);
+            const int n = turn ? 0 : i == 0 ? 0 : i == 5 ? 2 : i == 1 ? MAX_FORCED : 2;
+            const int32_t *tokens = n == MAX_FORCED ? given : given + from[i];
+            RUN(f, ops_sampling_force(&f->gpu, &s.gpu, i, 3, tokens, n));
+            RUN(f, ops_sampling_force(&f->cpu->ops, &s.cpu, i, 3, tokens, n));
+        }
+        for (int step = 0; step < STEPS; step++) {
+            struct twin logits = twin_make(f, DTYPE_F32, ROWS, VOCAB, -1, 0, 3);
+            cuda_what(f, "given tokens, turn %d, step %d", turn, step);
+            EXPECT(f, compare_step(f, &s, logits, slot, ROWS) == 0);
+            const int32_t *got = pair_fetch(f, s.next_token);
+            if (turn == 0) EXPECT(f, got[1] == given[step]);
+            if (turn == 0 && step < 2) EXPECT(f, got[3] == given[from[3] + step] && got[5] == given[from[5] + step]);
+        }
+    }
+    cuda_end(f);
+}
+
 /* Ties go to the lower id, wherever the equals stand. */
 static void test_greedy(void)
 {
@@ -257,8 +291,12 @@ static void test_decode_inputs(void)
 
 int main(int argc, char **argv)
 {
-    const struct check_case cases[] = {{"steps as on the CPU", test_steps},   {"greedy, ties", test_greedy},
-                                       {"the same draw again", test_again},   {"odd logits", test_odd_logits},
-                                       {"decode inputs", test_decode_inputs}, {0}};
+    const struct check_case cases[] = {{"steps as on the CPU", test_steps},
+                                       {"greedy, ties", test_greedy},
+                                       {"given tokens", test_forced},
+                                       {"the same draw again", test_again},
+                                       {"odd logits", test_odd_logits},
+                                       {"decode inputs", test_decode_inputs},
+                                       {0}};
     return cuda_main("cuda_sample", cases, argc, argv);
 }

@@ -506,6 +506,53 @@ static void test_logprobs(void)
     service_close(&s);
 }
 
+static struct request forced(const struct answer *like, int n, int max_tokens)
+{
+    struct request r = request_random(1, 40, TINY_VOCABULARY, max_tokens);
+    r.sampling.n_logprobs = 1;
+    r.forced = copy_of(like->tokens, (size_t)n * sizeof *like->tokens);
+    r.n_forced = n;
+    return r;
+}
+
+/* Forced with its own greedy tokens a request gives the same tokens and log-probabilities, all of them or a part;
+ * forced with another's it gives those, with the log-probabilities that the logits have for them. */
+static void test_forced(void)
+{
+    struct service s;
+    struct seen_logits seen = {0};
+    service_open(&s, &ranks, TINY, NULL);
+    struct request r = forced(&(struct answer){0}, 0, 20);
+    struct answer greedy = ask(&s, r), other = ask(&s, sampled(1, 3));
+    struct answer same = ask(&s, forced(&greedy, 20, 20)), part = ask(&s, forced(&greedy, 7, 20));
+    CHECK(answers_equal(&same, &greedy) && answers_equal(&part, &greedy) && !answers_equal(&other, &greedy));
+    CHECK(!memcmp(same.logprob, greedy.logprob, 40 * sizeof(float)));
+    CHECK(!memcmp(part.logprob, greedy.logprob, 40 * sizeof(float)));
+    service_watch(&s, &seen);
+    struct answer foreign = ask(&s, forced(&other, 20, 20));
+    service_watch(&s, NULL);
+    CHECK(answers_equal(&foreign, &other) && seen.n >= 20 && foreign.reason == FINISH_LENGTH);
+    for (int i = 0; i < foreign.n_tokens && i < seen.n; i++) {
+        const float *row = seen.row + (size_t)i * seen.vocab;
+        double sum = 0;
+        for (size_t k = 0; k < seen.vocab; k++) sum += exp((double)row[k]);
+        CHECK(foreign.logprob_token[2 * i] == other.tokens[i]);
+        CHECK(fabs((double)foreign.logprob[2 * i] - ((double)row[other.tokens[i]] - log(sum))) < 1e-4);
+    }
+    /* Kept prompt and, in the step that makes token i, the i tokens behind it: 40 + 10 on the mean of 19 steps. */
+    CHECK(fabs(greedy.bytes_read_per_step - 50.0 / 40 * (double)greedy.bytes_kept) < 1e-6);
+    int32_t end[3] = {engine_dims(s.engine)->eos_ids[0], 5, engine_dims(s.engine)->eos_ids[0]};
+    struct answer ends = {.tokens = end};
+    r = forced(&ends, 3, 9);
+    r.ignore_eos = false;
+    struct answer stopped = ask(&s, r); /* the end among the given tokens ends nothing, at their end it does */
+    CHECK(stopped.n_tokens == 3 && stopped.reason == FINISH_STOP);
+    struct answer *list[] = {&greedy, &other, &same, &part, &foreign, &stopped};
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
+    free(seen.row);
+    service_close(&s);
+}
+
 static void test_penalties(void)
 {
     struct service s;
@@ -555,6 +602,8 @@ static void test_refusals(void)
     struct request r = request_random(1, 100, TINY_VOCABULARY, 5);
     r.budget = (struct kv_budget){0.1, 0}; /* 60 rows judge the cache together, 50 fit a step */
     refuse(&s, r, "max_num_batched_tokens 50");
+    refuse(&s, forced(&(struct answer){.tokens = (int32_t[]){4, 5, 6}}, 3, 2), "3 forced tokens");
+    refuse(&s, forced(&(struct answer){.tokens = (int32_t[]){4, TINY_VOCABULARY}}, 2, 5), "forced token 1 is 131");
     r = request_random(1, 100, TINY_VOCABULARY, 5);
     r.n_images = 3;
     r.spans = take(3 * sizeof *r.spans);
@@ -586,6 +635,7 @@ int main(void)
                                               {"abort at any step", test_abort},
                                               {"seeds", test_seeds},
                                               {"log-probabilities", test_logprobs},
+                                              {"forced tokens", test_forced},
                                               {"penalties", test_penalties},
                                               {"refusals", test_refusals},
                                               {"many at once, small", test_many_tiny},

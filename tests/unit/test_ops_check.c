@@ -176,12 +176,19 @@ static void test_sampling(void)
     struct sampling_params params[1] = {{.n_logprobs = 21}};
     int32_t word[21];
     float logprob[21];
-    struct sampling_state state = {params, word, word, word, logprob, word, 8, 1};
+    struct sampling_state state = {params, word, word, word, logprob, word, 8, 1, NULL, NULL};
     struct tensor logits = fixture_2d(f, 1, 7, 0);
     CHECK_FAILS(ops_sample(&f->ops, logits, word, &state), ERR_ARG,
                 "logits is float32 [1, 7], expected float32 [*, 8]");
     CHECK_FAILS(ops_sampling_begin(&f->ops, &state, 1, params, NULL, 0), ERR_ARG, "slot 1");
     CHECK_FAILS(ops_sampling_begin(&f->ops, &state, 0, params, NULL, 0), ERR_ARG, "n_logprobs is 21");
+    CHECK_OK(ops_sampling_force(&f->ops, &state, 0, 0, NULL, 0));
+    CHECK_FAILS(ops_sampling_force(&f->ops, &state, 0, 0, word, 1), ERR_ARG, "state.forced_span is NULL");
+    state.forced_span = &(struct forced_span){0, 0};
+    state.forced = fixture_take(f, MAX_FORCED * sizeof *state.forced);
+    CHECK_FAILS(ops_sampling_force(&f->ops, &state, 1, 0, word, 1), ERR_ARG, "slot 1");
+    CHECK_FAILS(ops_sampling_force(&f->ops, &state, 0, 0, word, MAX_FORCED + 1), ERR_ARG, "257 tokens");
+    CHECK_FAILS(ops_sampling_force(&f->ops, &state, 0, 0, (int32_t[]){7, 8}, 2), ERR_ARG, "token 1 is 8");
     state.position = NULL;
     CHECK_FAILS(ops_decode_inputs(&f->ops, word, word, word, 1, &state), ERR_ARG, "state.position is NULL");
     fixture_close(f);

@@ -250,6 +250,40 @@ static void test_logprobs(void)
     fixture_close(f);
 }
 
+/* Given tokens come out first, with their own log-probabilities and counts; then sampling goes on as ever, and a new
+ * sequence in the slot starts without them. */
+static void test_forced(void)
+{
+    enum { VOCAB = 50, FORCED = 3 };
+    struct fixture *f = fixture_open(1, 8);
+    struct sampling_state state = take_state(f, 2, VOCAB);
+    const int32_t prompt[2] = {11, 12}, given[FORCED] = {40, 3, 40};
+    float *logits = fixture_floats(f, VOCAB, 2);
+    struct sampling_params p = off;
+    double sum = 0;
+    state.forced_span = fixture_take(f, 2 * sizeof(struct forced_span));
+    state.forced = fixture_take(f, 2 * MAX_FORCED * sizeof(int32_t));
+    for (int i = 0; i < VOCAB; i++) sum += exp((double)logits[i]);
+    p.n_logprobs = 2, p.frequency_penalty = 100;
+    for (int turn = 0; turn < 4; turn++) { /* greedy and not, with and without */
+        p.temperature = turn & 1 ? 1.0f : 0;
+        CHECK_OK(ops_sampling_begin(&f->ops, &state, 0, &p, prompt, 2));
+        if (turn < 2) CHECK_OK(ops_sampling_force(&f->ops, &state, 0, 2, given, FORCED));
+        CHECK_OK(ops_sampling_force(&f->ops, &state, 1, 2, (int32_t[]){9}, 1)); /* another slot's */
+        for (int i = 0; i < FORCED; i++) {
+            int token = sample_one(f, &state, logits);
+            if (turn < 2) CHECK(token == given[i]);
+            CHECK(state.logprob_token[0] == token && state.position[0] == 2 + i);
+            CHECK(fabs((double)state.logprob[0] - ((double)logits[token] - log(sum))) < 1e-5);
+            if (turn == 2) CHECK(i > 0 || token == state.logprob_token[1]);
+        }
+        if (turn < 2) CHECK(state.token_count[40] == 2 && state.token_count[3] == 1);
+        int token = sample_one(f, &state, logits);
+        if (turn == 0) CHECK(token == state.logprob_token[1] && token != 40 && token != 3);
+    }
+    fixture_close(f);
+}
+
 /* Masked, infinite and not-a-number logits give some valid token. */
 static void test_odd_logits(void)
 {
@@ -318,6 +352,7 @@ int main(void)
                                                          {"as a plain ranking", test_plain_ranking},
                                                          {"same seed and position, same token", test_repeatable},
                                                          {"log-probabilities", test_logprobs},
+                                                         {"given tokens", test_forced},
                                                          {"odd logits", test_odd_logits},
                                                          {"the best k", test_select},
                                                          {0}});
