@@ -79,9 +79,10 @@ static int set_key(struct parser *p, const struct config_key *key, const char *n
     struct arguments *out = p->out;
     char where[MAX_NAME + 2], first[64];
     bool policy = !strcmp(key->path, "kv_cache.policy"), budget = !strcmp(key->path, "kv_cache.budget");
+    bool dtype = !strcmp(key->path, "kv_cache.dtype");
     snprintf(where, sizeof where, "--%s", name);
-    if (out->command->lists && (policy || budget)) {
-        *(policy ? &out->policies : &out->budgets) = value;
+    if ((out->command->lists && (policy || budget)) || (out->command->dtype_lists && dtype)) {
+        *(policy ? &out->policies : budget ? &out->budgets : &out->dtypes) = value;
         if (policy && strlen(value) >= sizeof out->config.other_policies)
             FAIL(ERR_CONFIG, "%s: a list of %zu bytes, at most %zu are taken", where, strlen(value),
                  sizeof out->config.other_policies - 1);
@@ -183,7 +184,9 @@ int arguments_parse(const struct command *const *commands, int argc, char **argv
     if (out->help) return OK;
     if (p.config_path) TRY(config_load_yaml(&out->config, p.config_path));
     TRY(take_all(&p, false));
-    if (out->print_config || !out->command->needs_model) return OK;
+    const char *modelless = out->command->modelless;
+    out->needs_model = out->command->needs_model && !(modelless && arguments_text(out, modelless));
+    if (out->print_config || !out->needs_model) return OK;
     return config_check(&out->config);
 }
 

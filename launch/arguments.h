@@ -23,7 +23,9 @@ struct command {
     const char *name, *summary, *usage;
     const struct option *options; /* ends with a zeroed one */
     bool lists;                   /* --kv-policy and --kv-budget may be lists; the configuration gets the first */
+    bool dtype_lists;             /* and --kv-cache-dtype */
     bool needs_model;             /* config_check before it runs */
+    const char *modelless;        /* the option with which it needs none; NULL: there is none */
     bool ranks;                   /* runs on all ranks; else on rank 0 alone */
     int (*run)(struct launch *launch);
 };
@@ -33,6 +35,8 @@ struct arguments {
     bool help, version, print_config;
     const char *inject_fault;       /* for tests: parallel/comm.h, comm_wrap_fault */
     const char *policies, *budgets; /* the raw lists of a command with `lists`; NULL: not given */
+    const char *dtypes;             /* the same of one with `dtype_lists` */
+    bool needs_model;               /* the command does, with these options */
     struct config config;
     int n;
     struct argument {

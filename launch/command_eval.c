@@ -25,10 +25,15 @@ static int prepare(const struct launch *launch, struct sweep *sweep)
     options->output = arguments_text(arguments, "output");
     options->policies = arguments->policies;
     options->budgets = arguments->budgets;
+    options->dtypes = arguments->dtypes;
+    options->plot = arguments_text(arguments, "plot");
+    options->resume = arguments_flag(arguments, "resume");
+    options->no_forced = arguments_flag(arguments, "no-forced");
     options->progress = log_enabled(LOG_INFO);
     options->table = stdout;
     options->liveness = launch->liveness;
     if (!options->questions) FAIL(ERR_CONFIG, "vitrail eval needs --questions FILE");
+    if (options->resume && !options->output) FAIL(ERR_CONFIG, "--resume goes on with --output FILE: name it");
     TRY(arguments_int(arguments, "max-tokens", 1, 1 << 20, &max_tokens));
     options->max_tokens = (int)max_tokens;
     TRY(arguments_int(arguments, "max-concurrency", 1, 1 << 20, &max_in_flight));
@@ -48,9 +53,22 @@ static int work(struct launch *launch, struct engine *engine, void *arg)
     return eval_run(engine, sweep->builder, &sweep->options, &result);
 }
 
+/* --from: results that are there already. */
+static int plot_only(struct launch *launch, const char *files)
+{
+    const char *plot = arguments_text(&launch->arguments, "plot");
+    int rc = OK;
+    if (launch->comm->rank == 0)
+        rc = plot ? eval_plot_files(files, plot)
+                  : status_set(ERR_CONFIG, __FILE__, __LINE__, "--from draws results: name the drawing by --plot FILE");
+    return comm_agree(launch->comm, rc, "plot");
+}
+
 static int run(struct launch *launch)
 {
     struct sweep sweep = {.builder = NULL};
+    const char *files = arguments_text(&launch->arguments, "from");
+    if (files) return plot_only(launch, files);
     liveness_phase(launch->liveness, "questions");
     int rc = launch->comm->rank == 0 ? prepare(launch, &sweep) : OK;
     rc = comm_agree(launch->comm, rc, "questions");
@@ -63,17 +81,26 @@ const struct command command_eval = {
     .name = "eval",
     .summary = "answer a file of questions under several policies and budgets, and score the answers",
     .usage = "[mpirun -np N] vitrail eval --config F --questions q.jsonl [--kv-policy full,vl_cache] [--kv-budget "
-             "0.1,0.2] [--output r.json]",
+             "0.1,0.2] [--output r.json [--resume]] [--plot r.svg]\n"
+             "  vitrail eval --from r.json[,r2.json...] --plot r.svg",
     .options =
         (const struct option[]){
             {"questions", "FILE", false,
              "{id, images, prompt, answer, ...} a line; images are relative to it; required"},
-            {"output", "FILE", false, "write scores and answers as JSON"},
+            {"output", "FILE", false,
+             "write scores and answers as JSON; FILE.partial keeps what is finished until then"},
+            {"resume", NULL, false,
+             "go on with an eval that was stopped: skip the answers in FILE.partial of --output"},
+            {"plot", "FILE", false, "draw exact match against budget as SVG, a curve for each policy"},
+            {"from", "FILES", false, "draw results of --output, separated by commas, and run nothing"},
+            {"no-forced", NULL, false, "do not score the full cache's answers under the other caches"},
             {"show", NULL, false, "print every answer beside its tokens, cache and times"},
             {"max-concurrency", "N", false, "questions at once (default: as many as run); 1 gives each its own times"},
             {"max-tokens", "N", false, "longest answer in tokens (default: the model's)"},
             {NULL, NULL, false, NULL}},
     .lists = true,
+    .dtype_lists = true,
+    .modelless = "from",
     .needs_model = true,
     .ranks = true,
     .run = run,

@@ -94,7 +94,8 @@ void help_print(const struct command *const *commands, const struct command *com
     fprintf(out, "\nOptions of every command:\n");
     print_options(out, common);
     if (command->lists)
-        fprintf(out, "\n--kv-policy and --kv-budget take lists here, separated by commas: every pair is run.\n");
+        fprintf(out, "\n--kv-policy%s take lists here, separated by commas: every combination is run.\n",
+                command->dtype_lists ? ", --kv-budget and --kv-cache-dtype" : " and --kv-budget");
     fprintf(out, "\nConfiguration (the same keys stand in the YAML file, with _ for - and maps for kv-cache-...;\n"
                  "--kv-policy and --kv-budget are short for --kv-cache-policy and --kv-cache-budget):\n");
     for (int i = 0; i < n; i++) print_key(out, &keys[i]);

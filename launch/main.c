@@ -36,8 +36,7 @@ static int run(struct launch *launch)
 static int check_model(const struct arguments *arguments)
 {
     const char *model = arguments->config.model;
-    if (!arguments->command || !arguments->command->needs_model || arguments->help || arguments->print_config)
-        return OK;
+    if (!arguments->needs_model || arguments->print_config) return OK;
     if (access(model, R_OK))
         FAIL(ERR_CONFIG, "model %s: %s; a relative path is from the working directory", model, strerror(errno));
     return OK;

@@ -7,95 +7,38 @@
 #include "base/log.h"
 #include "runtime/eval_internal.h"
 
-enum { MAX_ITEM = 64 };
-
 struct eval {
     struct engine *engine;
     const struct prompt_builder *builder;
     const struct eval_options *options;
     struct eval_result *result;
     struct eval_questions questions;
+    struct eval_journal journal;
     struct eval_one_run *runs;
     int n_runs, max_in_flight;
     cJSON *sampling; /* the fields that every question is asked with */
     /* of the run under way */
+    struct eval_one_run *run;
+    const struct eval_one_run *full; /* whose answers are forced */
+    enum eval_pass pass;
     struct slot {
         struct eval *eval;
-        struct eval_answer *answer;
+        int question;
     } * slots; /* [n questions] */
     int n_in_flight, n_done;
+    double start, seconds_before;
     bool engine_failed;
     int rc; /* of a callback */
     double last_report;
 };
 
-/* ---- the list of runs ---- */
+/* ---- answers ---- */
 
-/* The next item of a comma list into buf; *list moves on, NULL behind the last. */
-static int next_item(const char **list, const char *what, char *buf, size_t size)
+static int keep_answer(struct eval_answer *a, const struct completion *c)
 {
-    const char *comma = strchr(*list, ',');
-    size_t n = comma ? (size_t)(comma - *list) : strlen(*list);
-    if (!n || n >= size) FAIL(ERR_CONFIG, "%s: \"%s\" is no comma list of names", what, *list);
-    memcpy(buf, *list, n);
-    buf[n] = 0;
-    *list = comma ? comma + 1 : NULL;
-    return OK;
-}
-
-static int add_run(struct eval *e, const char *policy, struct kv_budget budget)
-{
-    if (e->n_runs == EVAL_MAX_RUNS) FAIL(ERR_CONFIG, "more than %d runs of policies and budgets", EVAL_MAX_RUNS);
-    struct eval_one_run *run = &e->runs[e->n_runs++];
-    run->config = prompt_config(e->builder)->kv_cache;
-    snprintf(run->config.policy, sizeof run->config.policy, "%s", policy);
-    run->config.budget = budget;
-    run->answer = calloc((size_t)e->questions.n, sizeof *run->answer);
-    if (!run->answer) FAIL(ERR_NOMEM, "no memory for %d answers", e->questions.n);
-    return OK;
-}
-
-/* Every policy with every budget; the full cache once. */
-static int list_runs(struct eval *e)
-{
-    const struct config *config = prompt_config(e->builder);
-    const char *policies = e->options->policies ? e->options->policies : config->kv_cache.policy;
-    char policy[MAX_ITEM], text[MAX_ITEM];
-    while (policies) {
-        const struct policy_vt *found;
-        const char *budgets = e->options->budgets;
-        TRY(next_item(&policies, "policies", policy, sizeof policy));
-        TRY(policy_find(policy, &found));
-        if (!strcmp(policy, "full")) {
-            TRY(add_run(e, policy, (struct kv_budget){1, 0}));
-            continue;
-        }
-        if (!budgets) TRY(add_run(e, policy, config->kv_cache.budget));
-        while (budgets) {
-            struct kv_budget budget;
-            TRY(next_item(&budgets, "budgets", text, sizeof text));
-            TRY(kv_budget_parse(text, &budget));
-            TRY(add_run(e, policy, budget));
-        }
-    }
-    return OK;
-}
-
-/* ---- one run ---- */
-
-static void on_done(void *arg, const struct completion *c)
-{
-    struct slot *slot = arg;
-    struct eval *e = slot->eval;
-    struct eval_answer *a = slot->answer;
-    e->n_in_flight--;
-    if (c->finish_reason == FINISH_ABORT) return;
     a->text = malloc(c->text_size + 1);
     a->tokens = malloc(((size_t)c->n_tokens + 1) * sizeof *a->tokens);
-    if (!a->text || !a->tokens) {
-        e->rc = status_set(ERR_NOMEM, __FILE__, __LINE__, "no memory for an answer of %zu bytes", c->text_size);
-        return;
-    }
+    if (!a->text || !a->tokens) FAIL(ERR_NOMEM, "no memory for an answer of %zu bytes", c->text_size);
     if (c->text_size) memcpy(a->text, c->text, c->text_size);
     a->text[c->text_size] = 0;
     a->text_size = c->text_size;
@@ -108,17 +51,50 @@ static void on_done(void *arg, const struct completion *c)
     a->total_seconds = c->total_seconds;
     a->bytes_full = c->bytes_full;
     a->bytes_kept = c->bytes_kept;
+    a->bytes_read_per_step = c->bytes_read_per_step;
+    a->done = true;
+    return OK;
+}
+
+/* Sums the log-probabilities of as many tokens as can be forced. */
+static void keep_likelihood(struct eval_answer *a, const struct completion *c)
+{
+    int width = 1 + c->n_logprobs;
+    a->scored = true;
+    a->n_likelihood = c->n_tokens < MAX_FORCED ? c->n_tokens : MAX_FORCED;
+    a->log_likelihood = 0;
+    for (int i = 0; i < a->n_likelihood; i++) a->log_likelihood += (double)c->logprob[i * width];
+}
+
+static void on_done(void *arg, const struct completion *c)
+{
+    const struct slot *slot = arg;
+    struct eval *e = slot->eval;
+    struct eval_answer *a = &e->run->answer[slot->question];
+    e->n_in_flight--;
+    if (c->finish_reason == FINISH_ABORT || e->rc) return;
+    if (c->n_logprobs) keep_likelihood(a, c);
+    if (e->pass == EVAL_FREE) {
+        e->run->seconds = e->seconds_before + clock_seconds() - e->start;
+        e->rc = keep_answer(a, c);
+    }
+    if (!e->rc) e->rc = eval__journal_add(&e->journal, &e->questions, e->run, slot->question, e->pass);
     e->n_done++;
 }
 
-static void show_progress(struct eval *e, const struct eval_one_run *run, double start)
+/* ---- one pass ---- */
+
+static void show_progress(struct eval *e)
 {
-    char budget[32];
-    double now = clock_seconds();
-    if (!e->options->progress || (now - e->last_report < 5 && e->n_done < e->questions.n)) return;
+    char budget[32], left[32] = "";
+    double now = clock_seconds(), took = now - e->start;
+    int at = (int)(e->run - e->runs) + 1, n = e->questions.n;
+    if (!e->options->progress || (now - e->last_report < 5 && e->n_done < n)) return;
     e->last_report = now;
-    log_line(LOG_INFO, "eval: %s %s: %d of %d questions, %.1f s", run->config.policy,
-             kv_budget_print(run->config.budget, budget, sizeof budget), e->n_done, e->questions.n, now - start);
+    if (e->n_done && e->n_done < n) snprintf(left, sizeof left, ", %.0f s left", took / e->n_done * (n - e->n_done));
+    log_line(LOG_INFO, "eval: run %d of %d, %s %s%s: %d of %d questions, %.1f s%s", at, e->n_runs,
+             e->run->config.policy, kv_budget_print(e->run->config.budget, budget, sizeof budget),
+             e->pass == EVAL_FORCED ? ", forced answers" : "", e->n_done, n, took, left);
 }
 
 static int step(struct eval *e)
@@ -143,40 +119,62 @@ static int stop_signal(const struct eval *e)
     return e->options->liveness ? liveness_stop_requested(e->options->liveness) : 0;
 }
 
-static int ask(struct eval *e, const struct eval_one_run *run, int i)
+/* The full cache's answer is to be given, as far as it can be forced, and nothing more. */
+static int force(struct request *request, const struct eval_answer *answer)
+{
+    request->n_forced = answer->n_tokens < MAX_FORCED ? answer->n_tokens : MAX_FORCED;
+    request->max_tokens = request->n_forced;
+    request->forced = malloc((size_t)request->n_forced * sizeof *request->forced);
+    if (!request->forced) FAIL(ERR_NOMEM, "no memory for %d tokens", request->n_forced);
+    memcpy(request->forced, answer->tokens, (size_t)request->n_forced * sizeof *request->forced);
+    return OK;
+}
+
+static int submit(struct eval *e, struct request *request, int i)
+{
+    int rc;
+    request->budget = e->run->config.budget;
+    if (e->pass == EVAL_FORCED) TRY(force(request, &e->full->answer[i]));
+    if (e->pass == EVAL_FORCED || e->run == e->full) request->sampling.n_logprobs = 1;
+    e->slots[i] = (struct slot){e, i};
+    while ((rc = engine_submit(e->engine, request, (struct sink){&e->slots[i], NULL, on_done})) == ERR_FULL)
+        TRY(step(e));
+    e->n_in_flight += !rc;
+    return rc;
+}
+
+static int ask(struct eval *e, int i)
 {
     const struct eval_question *q = &e->questions.question[i];
+    const struct eval_answer *a = &e->run->answer[i];
     struct prompt_text text = {q->prompt, strlen(q->prompt), (const char *const *)q->images, q->n_images, true};
     struct request request;
-    TRY(prompt_from_text(e->builder, &text, e->sampling, q->id, &request));
-    request.budget = run->config.budget;
-    e->slots[i] = (struct slot){e, &run->answer[i]};
-    int rc;
-    while ((rc = engine_submit(e->engine, &request, (struct sink){&e->slots[i], NULL, on_done})) == ERR_FULL) {
-        rc = step(e);
-        if (rc) break;
+    if (e->pass == EVAL_FREE ? a->done : a->scored || !e->full->answer[i].n_tokens) { /* from the journal */
+        e->n_done++;
+        return OK;
     }
+    TRY(prompt_from_text(e->builder, &text, e->sampling, q->id, &request));
+    int rc = submit(e, &request, i);
     request_free(&request);
-    e->n_in_flight += !rc;
     return rc == ERR_REQUEST ? status_prefix(rc, "%s", q->id) : rc;
 }
 
-static int run_one(struct eval *e, struct eval_one_run *run)
+static int run_pass(struct eval *e, enum eval_pass pass)
 {
-    double start = clock_seconds();
     int next = 0;
+    e->pass = pass;
     e->n_done = 0;
-    TRY(engine_set_policy(e->engine, &run->config));
+    e->start = clock_seconds();
+    e->seconds_before = e->run->seconds;
     while (next < e->questions.n || e->n_in_flight) {
         e->result->stop_signal = stop_signal(e);
         if (e->result->stop_signal) return OK;
-        while (next < e->questions.n && e->n_in_flight < e->max_in_flight) TRY(ask(e, run, next++));
-        TRY(step(e));
-        show_progress(e, run, start);
+        while (next < e->questions.n && e->n_in_flight < e->max_in_flight) TRY(ask(e, next++));
+        if (e->n_in_flight) TRY(step(e));
+        show_progress(e);
     }
     if (e->n_done != e->questions.n)
         FAIL(ERR_BUG, "the engine ended %d questions without an answer", e->questions.n - e->n_done);
-    run->seconds = clock_seconds() - start;
     return OK;
 }
 
@@ -184,23 +182,28 @@ static int run_one(struct eval *e, struct eval_one_run *run)
 
 static int open_all(struct eval *e)
 {
+    const struct config *config = prompt_config(e->builder);
     TRY(eval__read(e->options->questions, &e->questions));
-    TRY(list_runs(e));
+    TRY(eval__list_runs(e->options, config, e->questions.n, e->runs, &e->n_runs));
+    for (int i = 0; i < e->n_runs; i++)
+        if (e->runs[i].kv_dtype != config->kv_dtype)
+            FAIL(ERR_CONFIG,
+                 "--kv-cache-dtype: %s and %s: the cache of an engine has one dtype in this build; run eval "
+                 "once for each and draw them together by --from",
+                 e->runs[0].dtype, e->runs[i].dtype);
     e->slots = calloc((size_t)e->questions.n, sizeof *e->slots);
     e->sampling = cJSON_CreateObject();
     if (!e->slots || !cJSON_AddNumberToObject(e->sampling, "temperature", 0) ||
         (e->options->max_tokens > 0 && !cJSON_AddNumberToObject(e->sampling, "max_tokens", e->options->max_tokens)))
         FAIL(ERR_NOMEM, "no memory for %d questions", e->questions.n);
     e->max_in_flight = e->options->max_in_flight;
-    if (e->max_in_flight < 1) e->max_in_flight = prompt_config(e->builder)->max_num_seqs + 2;
-    return OK;
+    if (e->max_in_flight < 1) e->max_in_flight = config->max_num_seqs + 2;
+    return eval__journal_open(&e->journal, e->options, config, &e->questions, e->runs, e->n_runs);
 }
 
 static int report(struct eval *e)
 {
-    const struct eval_one_run *full = NULL;
-    for (int i = 0; i < e->n_runs && !full; i++)
-        if (eval__is_full(&e->runs[i])) full = &e->runs[i];
+    const struct eval_one_run *full = e->full;
     for (int i = 0; i < e->n_runs; i++) eval__score(&e->questions, &e->runs[i], full);
     for (int i = 0; full && i < e->questions.n; i++) {
         const struct eval_question *q = &e->questions.question[i];
@@ -210,19 +213,33 @@ static int report(struct eval *e)
     }
     if (e->options->table && e->options->show) eval__show(e->options->table, &e->questions, e->runs, e->n_runs);
     if (e->options->table) eval__print(e->options->table, &e->questions, e->runs, e->n_runs);
+    if (e->options->plot) TRY(eval__plot(e->options->plot, e->options, e->runs, e->n_runs));
     if (!e->options->output) return OK;
     return eval__write(e->options->output, prompt_config(e->builder), e->options, &e->questions, e->runs, e->n_runs);
 }
 
+static int run_one(struct eval *e, struct eval_one_run *run)
+{
+    e->run = run;
+    TRY(engine_set_policy(e->engine, &run->config));
+    TRY(run_pass(e, EVAL_FREE));
+    if (!e->result->stop_signal && e->full && run != e->full && !e->options->no_forced) TRY(run_pass(e, EVAL_FORCED));
+    e->result->n_runs += !e->result->stop_signal;
+    return OK;
+}
+
+/* The full cache goes first: its answers are forced on the others. */
 static int run_all(struct eval *e)
 {
     TRY(open_all(e));
     e->result->n_questions = e->questions.n;
-    for (int i = 0; i < e->n_runs; i++) {
-        TRY(run_one(e, &e->runs[i]));
-        if (e->result->stop_signal) return OK;
-        e->result->n_runs++;
-    }
+    e->full = eval__full_of(e->runs, e->n_runs);
+    for (int full = 1; full >= 0; full--)
+        for (int i = 0; i < e->n_runs; i++) {
+            if (eval__is_full(&e->runs[i]) != full) continue;
+            TRY(run_one(e, &e->runs[i]));
+            if (e->result->stop_signal) return OK;
+        }
     return report(e);
 }
 
@@ -236,19 +253,12 @@ int eval_run(struct engine *engine, const struct prompt_builder *builder, const 
     if (!e.runs) FAIL(ERR_NOMEM, "no memory for the runs");
     int rc = run_all(&e);
     snprintf(message, sizeof message, "%s", status_message());
-    int aborted = abort_all(&e);
+    int aborted = abort_all(&e), closed = eval__journal_close(&e.journal, !rc && !result->stop_signal);
     if (rc)
         status_set(rc, __FILE__, __LINE__, "%s", message);
     else
-        rc = aborted;
-    for (int i = 0; i < e.n_runs; i++) {
-        for (int k = 0; e.runs[i].answer && k < e.questions.n; k++) {
-            free(e.runs[i].answer[k].text);
-            free(e.runs[i].answer[k].tokens);
-        }
-        free(e.runs[i].answer);
-    }
-    free(e.runs);
+        rc = aborted ? aborted : closed;
+    eval__free_runs(e.runs, e.n_runs, e.questions.n);
     free(e.slots);
     cJSON_Delete(e.sampling);
     eval__free(&e.questions);

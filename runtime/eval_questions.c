@@ -59,6 +59,10 @@ static int read_question(const cJSON *object, const char *folder, const char *wh
     if (!q->id || !q->prompt || !q->answer)
         FAIL(ERR_FORMAT, "%s: id, prompt and answer must be strings; %s is not", what,
              !q->id ? "id" : (!q->prompt ? "prompt" : "answer"));
+    const char *task = NULL;
+    TRY(json_string(object, what, "task", &task));
+    if (task && !(q->task = strdup(task))) FAIL(ERR_NOMEM, "%s: no memory", what);
+    TRY(json_bool(object, what, "long", &q->is_long));
     TRY(json_double(object, what, "min_margin", 0, 1e9, &q->min_margin));
     TRY(read_images(object, folder, what, q));
     return read_tokens(object, what, q);
@@ -121,6 +125,7 @@ void eval__free(struct eval_questions *questions)
         free(q->id);
         free(q->prompt);
         free(q->answer);
+        free(q->task);
         free(q->model_tokens);
     }
     free(questions->question);

@@ -1,11 +1,11 @@
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "runtime/eval_internal.h"
-#include "runtime/output.h"
 
 /* ---- for people ---- */
 
@@ -77,22 +77,30 @@ void eval__show(FILE *to, const struct eval_questions *questions, const struct e
     fputc('\n', to);
 }
 
+static void print_run(FILE *to, const struct eval_questions *questions, const struct eval_one_run *r)
+{
+    char budget[32], exact[32], full[32], reference[32], likelihood[32] = "-";
+    const struct eval_scores *s = &r->scores;
+    const struct eval_subset *all = &s->all;
+    double kept = s->bytes_full ? 100.0 * (double)s->bytes_kept / (double)s->bytes_full : 0;
+    if (all->n_likelihood) snprintf(likelihood, sizeof likelihood, "%.4f", all->log_likelihood);
+    fprintf(to, "%-14s %8s %8s %10s %6.3f %8.3f %8s %12s %10s %9.1f %9.1f %6.1f%% %9.3f %8.1f %9.1f\n",
+            r->config.policy, kv_budget_print(r->config.budget, budget, sizeof budget), r->dtype,
+            share(all->n_exact, questions->n, exact, sizeof exact), all->anls, all->token_f1,
+            share(all->n_like_full, questions->n, full, sizeof full),
+            share(s->n_like_reference, s->n_reference, reference, sizeof reference), likelihood, mib(s->bytes_full),
+            mib(s->bytes_kept), kept, s->bytes_read_per_step / (1 << 20), r->seconds,
+            r->seconds > 0 ? (double)s->generated_tokens / r->seconds : 0.0);
+}
+
 void eval__print(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
 {
-    char budget[32], exact[32], full[32], reference[32];
-    fprintf(to, "%-14s %8s %10s %8s %10s %11s %12s %12s %7s %8s %9s\n", "policy", "budget", "exact", "token F1",
-            "as full", "as reference", "KV full MiB", "KV kept MiB", "kept", "seconds", "tokens/s");
-    for (int i = 0; i < n_runs; i++) {
-        const struct eval_one_run *r = &runs[i];
-        const struct eval_scores *s = &r->scores;
-        double kept = s->bytes_full ? 100.0 * (double)s->bytes_kept / (double)s->bytes_full : 0;
-        fprintf(to, "%-14s %8s %10s %8.3f %10s %12s %12.1f %12.1f %6.1f%% %8.1f %9.1f\n", r->config.policy,
-                kv_budget_print(r->config.budget, budget, sizeof budget),
-                share(s->n_exact, questions->n, exact, sizeof exact), s->token_f1,
-                share(s->n_like_full, questions->n, full, sizeof full),
-                share(s->n_like_reference, s->n_reference, reference, sizeof reference), mib(s->bytes_full),
-                mib(s->bytes_kept), kept, r->seconds, r->seconds > 0 ? (double)s->generated_tokens / r->seconds : 0.0);
-    }
+    fprintf(to, "%-14s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "", "", "", "", "", "token", "",
+            "", "full's", "KV full", "KV kept", "", "read/step", "", "");
+    fprintf(to, "%-14s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "policy", "budget", "dtype",
+            "exact", "ANLS", "F1", "as full", "as reference", "log-likel.", "MiB", "MiB", "kept", "MiB", "seconds",
+            "tokens/s");
+    for (int i = 0; i < n_runs; i++) print_run(to, questions, &runs[i]);
     for (int i = 0; i < n_runs; i++)
         if (eval__is_full(&runs[i])) print_mismatches(to, questions, &runs[i]);
     fflush(to);
@@ -107,12 +115,13 @@ static void put_name(struct output_buffer *b, const char *key, const char *value
     output_printf(b, ",");
 }
 
-static void put_policy(struct output_buffer *b, const struct policy_config *config)
+static void put_policy(struct output_buffer *b, const struct eval_one_run *run)
 {
     char budget[32];
-    const char *quote = config->budget.tokens ? "\"" : "";
-    put_name(b, "policy", config->policy);
-    output_printf(b, "\"budget\":%s%s%s,", quote, kv_budget_print(config->budget, budget, sizeof budget), quote);
+    const char *quote = run->config.budget.tokens ? "\"" : "";
+    put_name(b, "policy", run->config.policy);
+    output_printf(b, "\"budget\":%s%s%s,", quote, kv_budget_print(run->config.budget, budget, sizeof budget), quote);
+    put_name(b, "dtype", run->dtype);
 }
 
 static void put_mismatches(struct output_buffer *b, const struct eval_questions *questions,
@@ -144,24 +153,68 @@ static void put_share(struct output_buffer *b, const char *key, int n, int of)
         output_printf(b, "\"%s\":%.9g,", key, (double)n / of);
 }
 
-static void put_run(struct output_buffer *b, const struct config *config, const struct eval_questions *questions,
-                    const struct eval_one_run *run)
+static void put_subset(struct output_buffer *b, const struct eval_subset *s)
+{
+    output_printf(b, "\"n\":%d,\"exact_match\":%.9g,\"anls\":%.9g,\"token_f1\":%.9g,", s->n, s->exact_match, s->anls,
+                  s->token_f1);
+    put_share(b, "same_as_full", s->n_like_full, s->n);
+    if (s->n_likelihood && isfinite(s->log_likelihood))
+        output_printf(b, "\"log_likelihood\":%.9g", s->log_likelihood);
+    else
+        output_printf(b, "\"log_likelihood\":null");
+}
+
+/* Whether no question before it has the task of question i. */
+static bool first_of_task(const struct eval_questions *questions, int i)
+{
+    const char *task = questions->question[i].task;
+    for (int k = 0; task && k < i; k++)
+        if (questions->question[k].task && !strcmp(questions->question[k].task, task)) return false;
+    return task != NULL;
+}
+
+/* Every task by its name, in the order of the file; then the long answers, if the file marks any. */
+static void put_subsets(struct output_buffer *b, const struct eval_questions *questions, const struct eval_one_run *run,
+                        const struct eval_one_run *full)
+{
+    const char *comma = "";
+    output_printf(b, "\"tasks\":{");
+    for (int i = 0; i < questions->n; i++) {
+        const char *task = questions->question[i].task;
+        if (!first_of_task(questions, i)) continue;
+        struct eval_subset s = eval__score_subset(questions, run, full, task, false);
+        output_printf(b, "%s", comma);
+        output_string(b, task, strlen(task));
+        output_printf(b, ":{");
+        put_subset(b, &s);
+        output_printf(b, "}");
+        comma = ",";
+    }
+    output_printf(b, "},");
+    struct eval_subset s = eval__score_subset(questions, run, full, NULL, true);
+    if (!s.n) return;
+    output_printf(b, "\"long\":{");
+    put_subset(b, &s);
+    output_printf(b, "},");
+}
+
+static void put_run(struct output_buffer *b, const struct eval_questions *questions, const struct eval_one_run *run,
+                    const struct eval_one_run *full)
 {
     const struct eval_scores *s = &run->scores;
-    char *dtype = config_value(config, config_find("kv_cache.dtype"));
     output_printf(b, "{");
-    put_policy(b, &run->config);
-    put_name(b, "dtype", dtype ? dtype : "");
-    free(dtype);
-    output_printf(b, "\"n\":%d,\"exact_match\":%.9g,\"token_f1\":%.9g,", questions->n, s->exact_match, s->token_f1);
-    put_share(b, "same_as_full", s->n_like_full, questions->n);
+    put_policy(b, run);
+    put_subset(b, &s->all);
+    output_printf(b, ",");
     put_share(b, "same_as_reference", s->n_like_reference, s->n_reference);
     output_printf(b,
                   "\"n_reference\":%d,\"bytes_full\":%" PRId64 ",\"bytes_kept\":%" PRId64 ",\"kept_share\":%.9g,"
-                  "\"prompt_tokens\":%" PRId64 ",\"generated_tokens\":%" PRId64 ",\"seconds\":%.3f,",
+                  "\"bytes_read_per_step\":%.9g,\"prompt_tokens\":%" PRId64 ",\"generated_tokens\":%" PRId64
+                  ",\"seconds\":%.3f,",
                   s->n_reference, s->bytes_full, s->bytes_kept,
-                  s->bytes_full ? (double)s->bytes_kept / (double)s->bytes_full : 0.0, s->prompt_tokens,
-                  s->generated_tokens, run->seconds);
+                  s->bytes_full ? (double)s->bytes_kept / (double)s->bytes_full : 0.0, s->bytes_read_per_step,
+                  s->prompt_tokens, s->generated_tokens, run->seconds);
+    put_subsets(b, questions, run, full);
     put_mismatches(b, questions, run);
     output_printf(b, "}");
 }
@@ -173,12 +226,17 @@ static void put_items(struct output_buffer *b, const struct eval_questions *ques
         const struct eval_answer *a = &run->answer[i];
         output_printf(b, "%s\n{", i ? "," : "");
         put_name(b, "id", q->id);
-        put_policy(b, &run->config);
+        put_policy(b, run);
         output_printf(b, "\"text\":");
         output_string(b, a->text, a->text_size);
         output_printf(b, ",\"tokens\":[");
         for (int k = 0; k < a->n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->tokens[k]);
-        output_printf(b, "],\"correct\":%s}", eval__correct(q, a) ? "true" : "false");
+        output_printf(b, "],\"correct\":%s,\"anls\":%.9g", eval__correct(q, a) ? "true" : "false",
+                      eval__anls(a->text, a->text_size, q->answer));
+        if (a->n_likelihood && isfinite(a->log_likelihood))
+            output_printf(b, ",\"log_likelihood\":%.9g,\"likelihood_tokens\":%d", a->log_likelihood / a->n_likelihood,
+                          a->n_likelihood);
+        output_printf(b, "}");
     }
 }
 
@@ -211,7 +269,7 @@ int eval__write(const char *path, const struct config *config, const struct eval
     output_printf(&b, "\"runs\":[");
     for (int i = 0; i < n_runs; i++) {
         output_printf(&b, "%s\n", i ? "," : "");
-        put_run(&b, config, questions, &runs[i]);
+        put_run(&b, questions, &runs[i], eval__full_of(runs, n_runs));
     }
     output_printf(&b, "],\"items\":[");
     for (int i = 0; i < n_runs; i++) {

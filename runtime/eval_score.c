@@ -86,28 +86,114 @@ int eval__first_difference(const struct eval_question *q, const struct eval_answ
     return i;
 }
 
-void eval__score(const struct eval_questions *questions, struct eval_one_run *run, const struct eval_one_run *full)
+/* ---- average normalised Levenshtein similarity ---- */
+
+/* The characters of a text, in lower case as far as ASCII goes; malloc'd, NULL without memory. */
+static uint32_t *characters(const char *text, size_t size, size_t *n)
 {
-    struct eval_scores *s = &run->scores;
-    double f1 = 0;
-    memset(s, 0, sizeof *s);
-    if (!full) s->n_like_full = -1;
+    uint32_t *out = malloc((size + 1) * sizeof *out);
+    *n = 0;
+    for (size_t i = 0; out && i < size; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if ((c & 0xc0) == 0x80 && *n)
+            out[*n - 1] = out[*n - 1] << 8 | c; /* a character is its bytes */
+        else
+            out[(*n)++] = c >= 'A' && c <= 'Z' ? c + 32u : c;
+    }
+    return out;
+}
+
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+/* row [m + 1] is room for the distances of one prefix of a to all prefixes of b. */
+static size_t distance(const uint32_t *a, size_t n, const uint32_t *b, size_t m, size_t *row)
+{
+    for (size_t k = 0; k <= m; k++) row[k] = k;
+    for (size_t i = 1; i <= n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t k = 1; k <= m; k++) {
+            size_t changed = diagonal + (a[i - 1] != b[k - 1]);
+            diagonal = row[k];
+            row[k] = least(changed, 1 + least(row[k], row[k - 1]));
+        }
+    }
+    return row[m];
+}
+
+double eval__anls(const char *text, size_t size, const char *answer)
+{
+    size_t n, m, answer_size = strlen(answer);
+    trim(&text, &size);
+    trim(&answer, &answer_size);
+    uint32_t *a = characters(text, size, &n), *b = characters(answer, answer_size, &m);
+    size_t *row = malloc((m + 1) * sizeof *row);
+    double similarity = 0;
+    if (a && b && row) {
+        size_t longer = n > m ? n : m;
+        double far = longer ? (double)distance(a, n, b, m, row) / (double)longer : 0;
+        similarity = far < 0.5 ? 1 - far : 0;
+    }
+    free(a);
+    free(b);
+    free(row);
+    return similarity;
+}
+
+/* ---- a run ---- */
+
+const struct eval_one_run *eval__full_of(const struct eval_one_run *runs, int n_runs)
+{
+    for (int i = 0; i < n_runs; i++)
+        if (eval__is_full(&runs[i])) return &runs[i];
+    return NULL;
+}
+
+struct eval_subset eval__score_subset(const struct eval_questions *questions, const struct eval_one_run *run,
+                                      const struct eval_one_run *full, const char *task, bool only_long)
+{
+    struct eval_subset s = {.n_like_full = full ? 0 : -1};
     for (int i = 0; i < questions->n; i++) {
         const struct eval_question *q = &questions->question[i];
         const struct eval_answer *a = &run->answer[i];
-        s->n_exact += eval__correct(q, a);
-        f1 += eval__f1(a->text, a->text_size, q->answer);
+        if ((task && (!q->task || strcmp(q->task, task) != 0)) || (only_long && !q->is_long)) continue;
+        s.n++;
+        s.n_exact += eval__correct(q, a);
+        s.anls += eval__anls(a->text, a->text_size, q->answer);
+        s.token_f1 += eval__f1(a->text, a->text_size, q->answer);
         if (full)
-            s->n_like_full += same_tokens(a->tokens, a->n_tokens, full->answer[i].tokens, full->answer[i].n_tokens);
+            s.n_like_full += same_tokens(a->tokens, a->n_tokens, full->answer[i].tokens, full->answer[i].n_tokens);
+        if (!a->scored) continue;
+        s.log_likelihood += a->log_likelihood;
+        s.n_likelihood += a->n_likelihood;
+    }
+    double n = s.n ? s.n : 1;
+    s.exact_match = s.n_exact / n;
+    s.anls /= n;
+    s.token_f1 /= n;
+    if (s.n_likelihood) s.log_likelihood /= (double)s.n_likelihood;
+    return s;
+}
+
+void eval__score(const struct eval_questions *questions, struct eval_one_run *run, const struct eval_one_run *full)
+{
+    struct eval_scores *s = &run->scores;
+    int n_read = 0;
+    memset(s, 0, sizeof *s);
+    s->all = eval__score_subset(questions, run, full, NULL, false);
+    for (int i = 0; i < questions->n; i++) {
+        const struct eval_question *q = &questions->question[i];
+        const struct eval_answer *a = &run->answer[i];
         if (q->model_tokens) {
             s->n_reference++;
             s->n_like_reference += eval__first_difference(q, a) < 0;
         }
         s->bytes_full += a->bytes_full;
         s->bytes_kept += a->bytes_kept;
+        s->bytes_read_per_step += a->bytes_read_per_step;
+        n_read += a->bytes_read_per_step > 0;
         s->prompt_tokens += a->prompt_tokens;
         s->generated_tokens += a->n_tokens;
     }
-    s->exact_match = (double)s->n_exact / questions->n;
-    s->token_f1 = f1 / questions->n;
+    if (n_read) s->bytes_read_per_step /= n_read;
 }
