@@ -1,5 +1,6 @@
 /* fake_engine - stands in for runtime/engine.h in tests of what is above it: requests take a few steps each, end in
- * another order than they came, and answer with a function of their prompt. Include it in one file of a test program;
+ * another order than they came, and answer with a function of their prompt. At most one log-probability and 8 forced
+ * tokens. Include it in one file of a test program;
  * it defines the engine's symbols, so the linker takes no engine from the library. */
 #ifndef VITRAIL_TESTS_FAKE_ENGINE_H
 #define VITRAIL_TESTS_FAKE_ENGINE_H
@@ -51,12 +52,21 @@ static inline void fake_finish(struct engine *e, int i, enum finish_reason reaso
     char text[64];
     int kept[FAKE_LAYERS] = {r.request.n_ids / 2, r.request.n_ids / 4};
     fake_answer(&r.request, &e->policy, tokens, text);
+    float logprob[16];
+    for (int k = 0; k < 8; k++) { /* of pairs; a forced token that the policy would not have said is unlikely */
+        bool other = k < r.request.n_forced && k < 3 && r.request.forced[k] != tokens[k];
+        logprob[2 * k] = other ? -2 : -0.25f;
+        logprob[2 * k + 1] = -0.125f;
+    }
     int image_tokens = 0;
     for (int k = 0; k < r.request.n_images; k++) image_tokens += r.request.spans[k].end - r.request.spans[k].start;
     struct completion c = {.text = text,
                            .text_size = strlen(text) + e->zero_byte,
-                           .tokens = tokens,
-                           .n_tokens = 3,
+                           .tokens = r.request.n_forced ? r.request.forced : tokens,
+                           .n_tokens = r.request.n_forced ? r.request.n_forced : 3,
+                           .logprob = r.request.sampling.n_logprobs ? logprob : NULL,
+                           .n_logprobs = r.request.sampling.n_logprobs,
+                           .bytes_read_per_step = 100 * (double)r.request.n_ids,
                            .finish_reason = reason,
                            .prompt_tokens = r.request.n_ids,
                            .image_tokens = image_tokens,

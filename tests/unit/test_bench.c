@@ -1,11 +1,11 @@
 /* test_bench - lists, figures, JSON and plot of vitrail bench over the demo model on one rank. */
-#include <ctype.h>
 #include <unistd.h>
 
 #include "base/file.h"
 #include "base/json.h"
 #include "runtime/bench_internal.h"
 #include "tests/engine_fixture.h"
+#include "tests/svg.h"
 
 static struct ranks ranks;
 static char folder[64], output[128], plot[128];
@@ -51,49 +51,6 @@ static bool is(const cJSON *object, const char *key, const char *text)
     return cJSON_IsString(item) && !strcmp(item->valuestring, text);
 }
 
-/* ---- XML ---- */
-
-enum { MAX_DEPTH = 8 };
-
-/* One tag behind its '<'; NULL if its attributes are not name="value". Every tag ends in '>' or '/>'. */
-static const char *read_tag(const char *at, bool *empty)
-{
-    while (isalnum((unsigned char)*at)) at++;
-    for (;;) {
-        while (isspace((unsigned char)*at)) at++;
-        *empty = *at == '/';
-        if (*at == '>' || (*at == '/' && at[1] == '>')) return at + 1 + *empty;
-        const char *name = at;
-        while (isalnum((unsigned char)*at) || *at == '-') at++;
-        if (at == name || strncmp(at, "=\"", 2) != 0) return NULL;
-        at += 2 + strcspn(at + 2, "\"<");
-        if (*at++ != '"') return NULL;
-    }
-}
-
-/* Tags nest and close, attributes are quoted, no stray & or >; one root. The part of XML that the plot writes. */
-static bool well_formed(const char *text)
-{
-    const char *open[MAX_DEPTH];
-    int depth = 0, roots = 0;
-    while (*text) {
-        if (*text == '&' || *text == '>' || (!depth && *text != '<' && !isspace((unsigned char)*text))) return false;
-        if (*text++ != '<') continue;
-        if (*text == '/') {
-            size_t n = strcspn(++text, ">");
-            if (!depth || strncmp(open[--depth], text, n) != 0 || isalnum((unsigned char)open[depth][n])) return false;
-            text += n + 1;
-            continue;
-        }
-        bool empty;
-        const char *name = text;
-        if (!(text = read_tag(text, &empty)) || depth == MAX_DEPTH) return false;
-        if (!depth) roots++;
-        if (!empty) open[depth++] = name;
-    }
-    return !depth && roots == 1;
-}
-
 static int count(const char *text, const char *part)
 {
     int n = 0;
@@ -107,7 +64,7 @@ static char *read_plot(void)
     char *text;
     size_t size;
     DEMAND(file_read_all(plot, 1 << 20, &text, &size));
-    CHECK(well_formed(text));
+    CHECK(svg_well_formed(text));
     CHECK(!strstr(text, "nan") && !strstr(text, "inf"));
     return text;
 }
@@ -312,10 +269,10 @@ static void test_find_batch(void)
 
 static void test_xml(void)
 {
-    CHECK(well_formed("<a b=\"c\"><d/>text<e f-g=\"\">x</e></a>\n"));
+    CHECK(svg_well_formed("<a b=\"c\"><d/>text<e f-g=\"\">x</e></a>\n"));
     static const char *const bad[] = {"<a>",          "<a></b>",         "<a b=c/>", "<a/><b/>", "x<a/>", "<a>&</a>",
                                       "<a b=\"<\"/>", "<text>x</texts>", "",         "<a",       "</a>"};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) CHECK(!well_formed(bad[i]));
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) CHECK(!svg_well_formed(bad[i]));
 }
 
 int main(void)

@@ -5,11 +5,13 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include "base/file.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "runtime/eval_internal.h"
 #include "tests/check.h"
 #include "tests/fake_engine.h"
+#include "tests/svg.h"
 
 #define MODEL SOURCE_DIR "/models/demo-vlm"
 enum { QUESTIONS = 6 };
@@ -18,7 +20,9 @@ static struct config config;
 static struct model_dims dims;
 static struct prompt_builder *builder;
 static struct engine engine;
-static char folder[64], questions[128], output[128];
+static char folder[64], questions[128], output[128], journal[160], plot[128];
+static bool resume, no_forced;
+static const char *dtypes;
 static int stop_after; /* answers, then a signal; 0: none */
 
 int liveness_stop_requested(const struct liveness *l)
@@ -34,6 +38,8 @@ static void open_builder(void)
     CHECK(mkdtemp(folder) != NULL);
     snprintf(questions, sizeof questions, "%s/q.jsonl", folder);
     snprintf(output, sizeof output, "%s/out.json", folder);
+    snprintf(journal, sizeof journal, "%s/out.json.partial", folder);
+    snprintf(plot, sizeof plot, "%s/out.svg", folder);
     CHECK_OK(config_defaults(&config));
     strcpy(config.model, MODEL);
     config.max_num_seqs = 3;
@@ -70,9 +76,10 @@ static void write_questions(void)
         expected(i, t, text);
         fprintf(f,
                 "{\"id\":\"q%d\",\"images\":[%s],\"prompt\":\"USER: %sWhat is FIELD %d? ASSISTANT:\",\"answer\":\"%s\","
-                "\"model_tokens\":[%d,%d,2],\"min_margin\":%g}\n%s",
-                i, i == 0 ? "\"page.png\"" : "", i == 0 ? "<image>\\n" : "", i, i == 3 ? "something else" : text, t[0],
-                t[1] + (i >= 4), i == 4 ? 0.01 : 2.5, i == 2 ? "\n  \n" : "");
+                "\"task\":\"%s\",%s\"model_tokens\":[%d,%d,2],\"min_margin\":%g}\n%s",
+                i, i == 0 ? "\"page.png\"" : "", i == 0 ? "<image>\\n" : "", i, i == 3 ? "something else" : text,
+                i < 2 ? "find" : "count", i == 5 ? "\"long\":true," : "", t[0], t[1] + (i >= 4), i == 4 ? 0.01 : 2.5,
+                i == 2 ? "\n  \n" : "");
     }
     fclose(f);
 }
@@ -83,8 +90,12 @@ static int run(const char *policies, const char *budgets, FILE *table, struct ev
     engine.max_queued = 4;
     struct eval_options options = {.questions = questions,
                                    .output = output,
+                                   .plot = plot,
+                                   .resume = resume,
+                                   .no_forced = no_forced,
                                    .policies = policies,
                                    .budgets = budgets,
+                                   .dtypes = dtypes,
                                    .max_in_flight = 8,
                                    .table = table,
                                    .liveness = (struct liveness *)&engine};
@@ -96,6 +107,13 @@ static double number(const cJSON *o, const char *key)
     const cJSON *item = json_get(o, key);
     CHECK(cJSON_IsNumber(item));
     return cJSON_IsNumber(item) ? item->valuedouble : -1;
+}
+
+/* The fake's own tokens have -0.25 each; at a small budget it would say another second one of three. */
+static void check_likelihoods(const cJSON *full, const cJSON *small, const cJSON *large)
+{
+    CHECK(number(full, "log_likelihood") == -0.25 && number(large, "log_likelihood") == -0.25);
+    CHECK(fabs(number(small, "log_likelihood") - (-2.5 / 3)) < 1e-8);
 }
 
 static void test_runs(void)
@@ -127,6 +145,13 @@ static void test_runs(void)
     CHECK(cJSON_GetArraySize(json_get(d, "unlike_reference")) == 2);
     CHECK(number(a, "exact_match") == 0 && number(a, "same_as_full") == 0);
     CHECK(fabs(number(b, "exact_match") - 5.0 / 6) < 1e-8 && number(b, "same_as_full") == 1);
+    check_likelihoods(d, a, b);
+    const cJSON *find = json_get(json_get(d, "tasks"), "find"), *rest = json_get(json_get(d, "tasks"), "count");
+    CHECK(number(find, "n") == 2 && number(find, "exact_match") == 1 && number(find, "log_likelihood") == -0.25);
+    CHECK(number(rest, "n") == 4 && number(rest, "exact_match") == 0.75 && number(rest, "anls") < 1);
+    CHECK(number(json_get(d, "long"), "n") == 1 && number(json_get(d, "long"), "anls") == 1);
+    CHECK(number(d, "bytes_read_per_step") > 100 && !strcmp(json_get(d, "dtype")->valuestring, "auto"));
+    CHECK(access(journal, F_OK) != 0);
     CHECK(number(a, "token_f1") > 0.5 && number(a, "token_f1") < 0.7); /* two of three words */
     CHECK(fabs(number(d, "kept_share") - 0.25) < 1e-9 && number(d, "generated_tokens") == 3 * QUESTIONS);
     const cJSON *item = cJSON_GetArrayItem(items, 3 * QUESTIONS);
@@ -134,6 +159,128 @@ static void test_runs(void)
     CHECK(!strncmp(json_get(item, "text")->valuestring, "answer ", 7));
     CHECK(cJSON_GetArraySize(json_get(item, "tokens")) == 3);
     cJSON_Delete(tree);
+}
+
+/* ---- the journal ---- */
+
+static const char *const policies = "vl_cache,full";
+
+/* The output with its times made 0; the caller frees it. */
+static char *read_output(void)
+{
+    char *text;
+    size_t size;
+    CHECK_OK(file_read_all(output, 1 << 20, &text, &size));
+    for (char *at = text; (at = strstr(at, "\"seconds\":")); at += 10)
+        for (char *c = at + 10; *c != ','; c++) *c = '0';
+    return text;
+}
+
+/* Stopped after k answers and gone on with, from a last line that is torn: the same result, nothing asked twice. */
+static void check_stopped(int k, const char *whole, int n_asked)
+{
+    struct eval_result r;
+    stop_after = k;
+    resume = k % 2; /* with no journal there it makes no difference */
+    CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
+    CHECK(r.stop_signal == SIGINT && access(journal, F_OK) == 0);
+    int first = engine.n_finished;
+    stop_after = 0;
+    resume = false;
+    CHECK_FAILS(run(policies, "0.1,0.9", NULL, &r), ERR_CONFIG, "out.json.partial exists");
+    FILE *f = fopen(journal, "a");
+    fputs(k % 3 ? "{\"policy\":\"full\",\"budg" : "", f);
+    fclose(f);
+    resume = true;
+    CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
+    CHECK(!r.stop_signal && first >= k && first + engine.n_finished == n_asked);
+    char *again = read_output();
+    CHECK(!strcmp(again, whole));
+    free(again);
+    CHECK(access(journal, F_OK) != 0);
+    resume = false;
+}
+
+static void test_resume(void)
+{
+    struct eval_result r;
+    write_questions();
+    CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
+    int n_asked = engine.n_finished;
+    CHECK(n_asked == 5 * QUESTIONS); /* three runs, two of them with forced answers */
+    char *whole = read_output();
+    CHECK(strstr(whole, "\"seconds\":0") != NULL);
+    for (int k = 1; k < n_asked - 1; k += 3) check_stopped(k, whole, n_asked);
+    free(whole);
+    no_forced = true;
+    CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
+    CHECK(engine.n_finished == 3 * QUESTIONS);
+    no_forced = false;
+}
+
+/* A journal of another questions file, configuration or format is refused and left as it was. */
+static void test_other_journal(void)
+{
+    struct eval_result r;
+    stop_after = 4;
+    CHECK_OK(run("full", NULL, NULL, &r));
+    stop_after = 0;
+    resume = true;
+    FILE *f = fopen(questions, "a");
+    fputs("\n", f);
+    fclose(f);
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_CONFIG, "made with another questions file");
+    write_questions();
+    config.kv_cache.vl_cache.threshold = 0.5;
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_CONFIG, "made with another configuration");
+    config.kv_cache.vl_cache.threshold = 0.01;
+    f = fopen(journal, "a");
+    fputs("no record\n", f);
+    fclose(f);
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_FORMAT, "is no JSON");
+    CHECK(access(journal, F_OK) == 0);
+    unlink(journal);
+    resume = false;
+}
+
+/* ---- the plot ---- */
+
+static char *read_plot(void)
+{
+    char *text;
+    size_t size;
+    CHECK_OK(file_read_all(plot, 1 << 20, &text, &size));
+    CHECK(svg_well_formed(text) && !strstr(text, "nan") && !strstr(text, "inf"));
+    return text;
+}
+
+static int count(const char *text, const char *part)
+{
+    int n = 0;
+    for (; (text = strstr(text, part)); text++) n++;
+    return n;
+}
+
+static void test_plot(void)
+{
+    struct eval_result r;
+    CHECK_OK(run("vl_cache,full", "0.9,0.1", NULL, &r));
+    char *svg = read_plot(), files[300];
+    CHECK(count(svg, "<polyline") == 1 && count(svg, "<circle") == 2 && count(svg, ">vl_cache<") == 1);
+    CHECK(count(svg, ">full<") == 1 && strstr(svg, "exact match") && strstr(svg, "q.jsonl: 6 questions"));
+    unlink(plot);
+    CHECK_OK(eval_plot_files(output, plot));
+    char *again = read_plot();
+    CHECK(!strcmp(strstr(again, "exact match"), strstr(svg, "exact match")));
+    free(svg);
+    free(again);
+    snprintf(files, sizeof files, "%s,%s", output, output); /* one file twice is one curve with its points twice */
+    CHECK_OK(eval_plot_files(files, plot));
+    svg = read_plot();
+    CHECK(count(svg, "<circle") == 4 && count(svg, ">vl_cache, out.json<") == 1);
+    free(svg);
+    CHECK_FAILS(eval_plot_files(questions, plot), ERR_FORMAT, "q.jsonl");
+    CHECK_FAILS(eval_plot_files("none.json", plot), ERR_IO, "none.json");
 }
 
 static void test_lists(void)
@@ -149,6 +296,14 @@ static void test_lists(void)
     CHECK_FAILS(run("full,", NULL, NULL, &r), ERR_CONFIG, "comma list");
     CHECK_FAILS(run("vl_cache", "0.1,,1", NULL, &r), ERR_CONFIG, "comma list");
     CHECK_FAILS(run("vl_cache", "2", NULL, &r), ERR_CONFIG, "budget 2");
+    dtypes = "auto,float31";
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_CONFIG, "float31");
+    dtypes = "auto,";
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_CONFIG, "comma list");
+    dtypes = "auto";
+    CHECK_OK(run("full", NULL, NULL, &r));
+    CHECK(r.n_runs == 1);
+    dtypes = NULL;
 }
 
 static void test_signal(void)
@@ -158,6 +313,7 @@ static void test_signal(void)
     CHECK_OK(run("full", NULL, NULL, &r));
     CHECK(r.stop_signal == SIGINT && engine.n == 0 && !r.n_runs);
     stop_after = 0;
+    CHECK(unlink(journal) == 0);
 }
 
 static void test_bad_files(void)
@@ -198,7 +354,7 @@ static void test_bad_files(void)
     char saved[128];
     strcpy(saved, output);
     snprintf(output, sizeof output, "%s/none/out.json", folder);
-    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_IO, "out.json.part");
+    CHECK_FAILS(run("full", NULL, NULL, &r), ERR_IO, "out.json.partial");
     strcpy(output, saved);
 }
 
@@ -210,6 +366,17 @@ static void test_f1(void)
     CHECK(eval__f1("ab", 2, "abc") == 0);
 }
 
+static void test_anls(void)
+{
+    CHECK(eval__anls("", 0, "") == 1 && eval__anls("a", 1, "") == 0 && eval__anls("", 0, "a") == 0);
+    CHECK(eval__anls(" Hello\n", 7, "hELLO ") == 1);
+    CHECK(fabs(eval__anls("kitten", 6, "sitting") - (1 - 3.0 / 7)) < 1e-12);
+    CHECK(eval__anls("abcd", 4, "abxy") == 0);                                       /* half of it differs */
+    CHECK(fabs(eval__anls("abcd", 4, "abcxy") - 0.6) < 1e-12);                       /* two of five */
+    CHECK(fabs(eval__anls("caf\xc3\xa9", 5, "caf\xc3\xa8") - 0.75) < 1e-12);         /* one character, not bytes */
+    CHECK(fabs(eval__anls("\xe2\x82\xac 12", 6, "\xe2\x82\xac 12.") - 0.8) < 1e-12); /* one more at the end */
+}
+
 static void close_builder(void)
 {
     char link[192];
@@ -218,6 +385,7 @@ static void close_builder(void)
     unlink(link);
     unlink(questions);
     unlink(output);
+    unlink(plot);
     CHECK(rmdir(folder) == 0);
 }
 
@@ -225,7 +393,11 @@ int main(void)
 {
     return check_run("eval", (struct check_case[]){{"open", open_builder},
                                                    {"word overlap", test_f1},
+                                                   {"Levenshtein similarity", test_anls},
                                                    {"runs, scores and reports", test_runs},
+                                                   {"stopped and gone on with", test_resume},
+                                                   {"a journal of something else", test_other_journal},
+                                                   {"plots", test_plot},
                                                    {"lists of policies and budgets", test_lists},
                                                    {"stopped by a signal", test_signal},
                                                    {"files that are wrong", test_bad_files},
