@@ -15,9 +15,15 @@ for ranks in 1 2 3 4; do
     check "eval on $ranks ranks failed" [ $? -eq 0 ]
     # One value a file; its lines are put into one for the reader of lines.
     tr '\n' ' ' <"$work/result$ranks.json" >"$work/line" && echo >>"$work/line"
-    # What is the same on any number of ranks: everything but how long it took.
-    "$json_fields" "$work/line" items >"$work/items$ranks"
-    "$json_fields" "$work/line" runs | sed 's/"seconds":[0-9.]*/"seconds":0/g' >"$work/runs$ranks"
+    # What is the same on any number of ranks: everything but how long it took and the last digits of log-likelihoods,
+    # which are sums in another order.
+    apart='s/"seconds":[0-9.]*/"seconds":0/g; s/"log_likelihood":[-+.0-9e]*/"log_likelihood":0/g'
+    "$json_fields" "$work/line" items | sed "$apart" >"$work/items$ranks"
+    "$json_fields" "$work/line" runs | sed "$apart" >"$work/runs$ranks"
+    grep -o '"log_likelihood":[-+.0-9e]*' "$work/line" | cut -d: -f2 >"$work/likelihoods$ranks"
+    check "log-likelihoods on $ranks ranks are not those on one" sh -c 'paste "$1" "$2" |
+        awk "{ d = \$1 - \$2; if (NF != 2 || d > 2e-3 || d < -2e-3) bad = 1 } END { exit bad || NR < 14 }"' \
+        sh "$work/likelihoods1" "$work/likelihoods$ranks"
     check "items on $ranks ranks are not those on one" cmp -s "$work/items1" "$work/items$ranks"
     check "runs on $ranks ranks are not those on one" cmp -s "$work/runs1" "$work/runs$ranks"
     bytes=$(sed -n 's/.*rank 0 of .*//; s/^  decoder weights *\([0-9.]*\) MiB.*/\1/p' "$err")
