@@ -27,9 +27,9 @@ struct step_limits plan_step_limits(const struct config *c, const struct model_d
 {
     int images = resources_max_images(c, dims);
     size_t side = dims->family == MODEL_LLAVA ? (size_t)dims->vision.image_size : 0;
-    /* A sequence's whole prompt comes with its first rows beside the rows themselves, and one prompt may exceed them.
-     */
-    int prompts = 2 * c->max_num_batched_tokens + c->max_model_len, ids = prompts + c->max_num_seqs * MAX_FORCED;
+    /* A sequence's whole prompt comes with its first rows beside the rows themselves. One prompt may exceed them, and
+     * follow-ups bring conversations of up to all score columns with few rows. */
+    int prompts = 2 * (c->max_num_batched_tokens + c->max_model_len), ids = prompts + c->max_num_seqs * MAX_FORCED;
     return (struct step_limits){.max_seqs = c->max_num_seqs,
                                 .max_ids = ids,
                                 .max_spans = images ? prompts / dims->vision.n_image_tokens + 1 : 0,

@@ -9,6 +9,7 @@ void request_free(struct request *request)
     free(request->spans);
     free(request->pixels);
     free(request->forced);
+    free(request->followup);
     for (int i = 0; i < request->n_stops; i++) free(request->stop[i]);
     memset(request, 0, sizeof *request);
 }

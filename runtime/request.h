@@ -35,6 +35,11 @@ struct request {
      * max_tokens. Stop conditions begin to count with the last of them. */
     int32_t *forced;
     int n_forced;
+    /* A second turn: [n_followup] malloc'd ids that follow the first answer, over the cache as the policy left it for
+     * the first turn, nothing of which is read again or compressed again; answered by up to followup_max_tokens. It
+     * gets no log-probabilities and no forced tokens. n_followup 0: none. */
+    int32_t *followup;
+    int n_followup, followup_max_tokens;
 };
 
 /* request_free - frees what the request owns, not the struct. Accepts a zeroed one. */
@@ -50,6 +55,8 @@ struct completion {
     const int32_t *tokens; /* generated ids, the end-of-sequence id included if one was sampled */
     int n_tokens;
     enum finish_reason finish_reason;
+    int turn;  /* 0, or 1 for the answer to a follow-up */
+    bool more; /* the sink is called again, for the next turn */
     int prompt_tokens, image_tokens;
     /* KV cache of the prompt after compression, over all ranks (replicas counted once) */
     const char *policy;

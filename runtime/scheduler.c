@@ -118,11 +118,25 @@ int scheduler_active(const struct scheduler *s)
 
 /* ---- requests in ---- */
 
+/* Tokens that come behind the prompt at most: the answer, and a follow-up with its answer. */
+static int tokens_behind(const struct request *r)
+{
+    return r->max_tokens + (r->n_followup ? r->n_followup + r->followup_max_tokens : 0);
+}
+
 static int check_request(const struct scheduler *s, const struct request *r, int judging)
 {
     const struct config *c = s->config;
     if (r->n_ids < 1) FAIL(ERR_REQUEST, "the prompt is empty");
     if (r->max_tokens < 1) FAIL(ERR_REQUEST, "max_tokens is %d, expected at least 1", r->max_tokens);
+    if (r->n_followup < 0 || (r->n_followup && (r->followup_max_tokens < 1 || r->n_followup > c->max_model_len ||
+                                                r->followup_max_tokens > c->max_model_len)))
+        FAIL(ERR_REQUEST, "a follow-up of %d tokens and max_tokens %d: max_model_len is %d", r->n_followup,
+             r->followup_max_tokens, c->max_model_len);
+    if (r->n_followup && (r->n_ids > c->max_model_len || r->max_tokens > c->max_model_len - r->n_ids ||
+                          tokens_behind(r) > c->max_model_len - r->n_ids))
+        FAIL(ERR_REQUEST, "prompt of %d tokens, a follow-up of %d and max_tokens %d and %d exceed max_model_len %d",
+             r->n_ids, r->n_followup, r->max_tokens, r->followup_max_tokens, c->max_model_len);
     if (r->n_ids > c->max_model_len - r->max_tokens)
         FAIL(ERR_REQUEST, "prompt of %d tokens and max_tokens %d exceed max_model_len %d", r->n_ids, r->max_tokens,
              c->max_model_len);
@@ -132,7 +146,7 @@ static int check_request(const struct scheduler *s, const struct request *r, int
     for (int i = 0; i < r->n_forced; i++)
         if (r->forced[i] < 0 || r->forced[i] >= s->dims->vocab_size)
             FAIL(ERR_REQUEST, "forced token %d is %d, the vocabulary has %d", i, r->forced[i], s->dims->vocab_size);
-    if (!pages_fits(s->pages, r->n_ids + r->max_tokens))
+    if (!pages_fits(s->pages, r->n_ids + tokens_behind(r)))
         FAIL(ERR_REQUEST, "prompt of %d tokens and max_tokens %d do not fit the KV pool; raise kv_cache_memory_bytes",
              r->n_ids, r->max_tokens);
     if (!chunk_possible(r->n_ids, c->max_num_batched_tokens, r->spans, r->n_images, judging))
@@ -166,7 +180,8 @@ static bool admit(struct scheduler *s)
     struct sequence *q = &s->queue[s->queue_first];
     if (!s->n_queued) return false;
     while (slot < s->n_slots && s->slots[slot].state != SEQUENCE_FREE) slot++;
-    if (slot == s->n_slots || !pages_reserve(s->pages, slot, q->request.n_ids + q->request.max_tokens)) return false;
+    if (slot == s->n_slots || !pages_reserve(s->pages, slot, q->request.n_ids + tokens_behind(&q->request)))
+        return false;
     struct sequence *seq = &s->slots[slot];
     int *kept = seq->kept;
     *seq = *q;
@@ -201,6 +216,7 @@ static bool draft_chunk(struct scheduler *s, struct sequence *seq)
                              .first_id = h->n_ids,
                              .prompt_tokens = r->n_ids,
                              .ends = ends,
+                             .continues = seq->turn > 0,
                              .first_column = resources_max_prompt_tokens(s->config) - s->columns,
                              .first_image = h->n_images};
     for (int i = 0; i < r->n_images; i++)
@@ -355,9 +371,10 @@ int scheduler_plan(struct scheduler *s, struct step_message *message, bool *work
 void scheduler_prompt_ended(struct scheduler *s, int slot, const int *kept)
 {
     struct sequence *seq = &s->slots[slot];
+    if (seq->turn) return;
     memcpy(seq->kept, kept, (size_t)s->dims->n_layers * sizeof *kept);
     bool uneven = s->config->kv_cache.heads == KV_HEADS_ADAPTIVE;
-    pages_resize(s->pages, slot, kept, seq->request.max_tokens, uneven);
+    pages_resize(s->pages, slot, kept, tokens_behind(&seq->request), uneven);
 }
 
 /* ---- results ---- */
@@ -365,6 +382,15 @@ void scheduler_prompt_ended(struct scheduler *s, int slot, const int *kept)
 uint64_t scheduler_pending(const struct scheduler *s) { return s->pending[0].step; }
 
 bool scheduler_wants_logprobs(const struct scheduler *s) { return s->pending[0].logprobs; }
+
+/* The follow-up joins the prompts. Its new number makes a surplus token of the turn before a stranger's. */
+static int go_on(struct scheduler *s, struct sequence *seq)
+{
+    TRY(sequence_continue(seq, s->tokenizer));
+    seq->serial = s->next_serial++;
+    s->prefilling[s->n_prefilling++] = seq->slot;
+    return OK;
+}
 
 int scheduler_collect(struct scheduler *s, const struct step_results *results)
 {
@@ -378,6 +404,7 @@ int scheduler_collect(struct scheduler *s, const struct step_results *results)
         TRY(sequence_push(seq, &s->facts, results->token[first.sampled[i].slot],
                           results->logprob ? results->logprob + at : NULL,
                           results->logprob_token ? results->logprob_token + at : NULL));
+        if (seq->state == SEQUENCE_DONE && seq->request.n_followup) TRY(go_on(s, seq));
     }
     s->pending[0] = s->pending[1];
     s->pending[1] = (struct pending){.sampled = first.sampled};

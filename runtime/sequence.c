@@ -38,6 +38,51 @@ void sequence_clear(struct sequence *seq)
     seq->kept = kept;
 }
 
+/* The prompt, the answer and the follow-up in one, malloc'd. */
+static int32_t *conversation(const struct sequence *seq, int *n)
+{
+    const struct request *r = &seq->request;
+    size_t prompt = (size_t)r->n_ids, answer = (size_t)seq->n_tokens, next = (size_t)r->n_followup;
+    int32_t *ids = malloc((prompt + answer + next) * sizeof *ids);
+    if (!ids) return NULL;
+    memcpy(ids, r->ids, prompt * sizeof *ids);
+    memcpy(ids + prompt, seq->tokens, answer * sizeof *ids);
+    memcpy(ids + prompt + answer, r->followup, next * sizeof *ids);
+    *n = (int)(prompt + answer + next);
+    return ids;
+}
+
+int sequence_continue(struct sequence *seq, const struct tokenizer *tokenizer)
+{
+    struct request *r = &seq->request;
+    int n, behind = seq->n_tokens + r->n_followup;
+    int32_t *ids = conversation(seq, &n), *tokens = malloc((size_t)r->followup_max_tokens * sizeof *tokens);
+    if (!ids || !tokens) {
+        free(ids);
+        free(tokens);
+        FAIL(ERR_NOMEM, "request: out of memory");
+    }
+    /* A decode step appends the token before the one that it samples. */
+    seq->n_prefilled = r->n_ids + seq->n_issued - 1;
+    free(r->ids);
+    free(seq->tokens);
+    r->ids = ids;
+    r->n_ids = n;
+    seq->tokens = tokens;
+    seq->n_tokens = seq->n_issued = 0;
+    r->max_tokens = r->followup_max_tokens;
+    r->min_tokens = r->n_forced = r->n_followup = 0;
+    r->sampling.n_logprobs = 0;
+    seq->n_behind = behind;
+    seq->turn = 1;
+    seq->judging = 1;
+    seq->begun = false;
+    seq->state = SEQUENCE_PREFILL;
+    seq->submitted_at = seq->admitted_at = clock_seconds();
+    text_stream_end(&seq->stream);
+    return text_stream_begin(&seq->stream, tokenizer, r);
+}
+
 static bool ends_generation(const struct sequence *seq, const struct sequence_facts *facts, int32_t token)
 {
     const struct request *r = &seq->request;
@@ -84,17 +129,17 @@ int sequence_push(struct sequence *seq, const struct sequence_facts *facts, int3
 static int64_t kept_bytes(const struct sequence *seq, const struct sequence_facts *facts)
 {
     int64_t tokens = 0;
-    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l];
+    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + seq->n_behind;
     return tokens * facts->token_bytes / facts->n_layers;
 }
 
 /* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1): every token kept of the
- * prompt and the i that follow it. A policy whose steps read a selection, or more than K and V, has its own count here.
+ * prompt and what follows it. A policy whose steps read a selection, or more than K and V, has its own count here.
  */
 static double step_bytes(const struct sequence *seq, const struct sequence_facts *facts, int i)
 {
     int64_t tokens = 0;
-    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + i;
+    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + seq->n_behind + i;
     return (double)tokens * (double)facts->token_bytes / facts->n_layers;
 }
 
@@ -117,6 +162,8 @@ int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, 
                               .tokens = seq->tokens,
                               .n_tokens = seq->n_tokens,
                               .finish_reason = reason,
+                              .turn = seq->turn,
+                              .more = r->n_followup && reason != FINISH_ABORT,
                               .prompt_tokens = r->n_ids,
                               .policy = facts->policy,
                               .budget = r->budget,

@@ -25,6 +25,8 @@ struct sequence {
     bool begun;      /* a step has introduced it to the ranks */
     int n_prefilled; /* prompt rows that steps have covered */
     int n_issued;    /* tokens that planned steps sample */
+    int turn;        /* 1: the follow-up */
+    int n_behind;    /* tokens in the lanes behind what was kept, when this turn's answer begins */
     int32_t *tokens; /* [max_tokens] collected ids */
     int n_tokens;
     float *logprob; /* [max_tokens, 1 + n_logprobs], NULL if not wanted */
@@ -38,6 +40,10 @@ struct sequence {
 int sequence_begin(struct sequence *seq, struct request *request, struct sink sink, const struct tokenizer *tokenizer,
                    int judging) MUST_CHECK;
 void sequence_clear(struct sequence *seq);
+
+/* sequence_continue - from DONE to PREFILL of its follow-up: the prompt is now the conversation so far, of which the
+ * lanes hold all but the last tokens. */
+int sequence_continue(struct sequence *seq, const struct tokenizer *tokenizer) MUST_CHECK;
 
 /* What every completion of an engine shares. */
 struct sequence_facts {

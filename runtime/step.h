@@ -34,6 +34,7 @@ struct step_chunk {
     int32_t prompt_tokens;
     int32_t ends;         /* 1: the prompt ends with this chunk */
     int32_t first_column; /* among the prompts that end in this step */
+    int32_t continues;    /* 1: of a follow-up; the policy lets its lanes be */
     int32_t n_images, first_image;
 };
 

@@ -553,6 +553,117 @@ static void test_forced(void)
     service_close(&s);
 }
 
+static void refuse(struct service *s, struct request r, const char *part)
+{
+    struct answer a = {0};
+    CHECK_FAILS(engine_submit(s->engine, &r, (struct sink){&a, NULL, answer_done}), ERR_REQUEST, part);
+    CHECK(r.ids != NULL && !a.done);
+    request_free(&r);
+}
+
+static struct request two_turns(const int32_t *ids, int n, int max_tokens, const int32_t *next, int n_next, int then)
+{
+    struct request r = request_of_ids(ids, n, max_tokens);
+    r.followup = copy_of(next, (size_t)n_next * sizeof *next);
+    r.n_followup = n_next;
+    r.followup_max_tokens = then;
+    return r;
+}
+
+struct turns {
+    struct answer turn[2];
+    int n;
+};
+
+static void turn_done(void *arg, const struct completion *c)
+{
+    struct turns *t = arg;
+    CHECK(t->n < 2 && c->turn == t->n && c->more == (c->turn == 0));
+    answer_done(&t->turn[t->n++], c);
+}
+
+/* Over the full cache a follow-up's answer is that to the conversation as one prompt, wherever the first answer ends
+ * and whatever runs beside it; over a compressed one it is given all the same. All pages come back. */
+static void check_followups(struct service *s, bool full)
+{
+    enum { MOST = 5, NEXT = 9, THEN = 7, PROMPT = 60 };
+    struct turns t[MOST] = {0};
+    int32_t conversation[PROMPT + 40 + NEXT];
+    for (int i = 0; i < MOST; i++) {
+        struct request q = request_random((uint64_t)i + 20, PROMPT, TINY_VOCABULARY, 1),
+                       next = request_random((uint64_t)i + 50, NEXT, TINY_VOCABULARY, 1),
+                       r = two_turns(q.ids, PROMPT, 1 + 6 * i, next.ids, NEXT, THEN);
+        r.budget = full ? (struct kv_budget){1, 0} : (struct kv_budget){0.3, 0};
+        int rc, active;
+        while ((rc = engine_submit(s->engine, &r, (struct sink){&t[i], NULL, turn_done})) == ERR_FULL)
+            DEMAND(engine_step(s->engine, &active));
+        DEMAND(rc);
+        request_free(&q);
+        request_free(&next);
+    }
+    service_run(s);
+    for (int i = 0; i < MOST; i++) {
+        struct request q = request_random((uint64_t)i + 20, PROMPT, TINY_VOCABULARY, 1),
+                       next = request_random((uint64_t)i + 50, NEXT, TINY_VOCABULARY, 1);
+        int n = t[i].turn[0].n_tokens;
+        CHECK(t[i].n == 2 && n == 1 + 6 * i && t[i].turn[1].n_tokens == THEN);
+        CHECK(t[i].turn[1].prompt_tokens == PROMPT + n + NEXT);
+        memcpy(conversation, q.ids, PROMPT * sizeof *conversation);
+        memcpy(conversation + PROMPT, t[i].turn[0].tokens, (size_t)n * sizeof *conversation);
+        memcpy(conversation + PROMPT + n, next.ids, NEXT * sizeof *conversation);
+        struct answer whole = ask(s, request_of_ids(conversation, PROMPT + n + NEXT, THEN));
+        if (full) CHECK(answers_equal(&t[i].turn[1], &whole));
+        CHECK((t[i].turn[1].bytes_kept == whole.bytes_full) == full);
+        answer_free(&whole);
+        answer_free(&t[i].turn[0]);
+        answer_free(&t[i].turn[1]);
+        request_free(&q);
+        request_free(&next);
+    }
+    check_pages_back(s);
+}
+
+/* The first answer ends by a stop token, so that a surplus step has run. */
+static void check_followup_of_stop(struct service *s)
+{
+    struct turns t = {0};
+    struct request q = request_random(70, 40, TINY_VOCABULARY, 12);
+    struct answer free_running = ask(s, request_of_ids(q.ids, 40, 12));
+    int32_t next[3] = {5, 6, 7}, conversation[60];
+    struct request r = two_turns(q.ids, 40, 12, next, 3, 6);
+    r.stop_id[r.n_stop_ids++] = free_running.tokens[4];
+    DEMAND(engine_submit(s->engine, &r, (struct sink){&t, NULL, turn_done}));
+    service_run(s);
+    int n = t.turn[0].n_tokens;
+    CHECK(t.n == 2 && n <= 5 && t.turn[0].reason == FINISH_STOP);
+    memcpy(conversation, q.ids, 40 * sizeof *conversation);
+    memcpy(conversation + 40, t.turn[0].tokens, (size_t)n * sizeof *conversation);
+    memcpy(conversation + 40 + n, next, sizeof next);
+    r = request_of_ids(conversation, 43 + n, 6);
+    r.stop_id[r.n_stop_ids++] = free_running.tokens[4];
+    struct answer whole = ask(s, r);
+    CHECK(answers_equal(&t.turn[1], &whole));
+    struct answer *list[] = {&free_running, &whole, &t.turn[0], &t.turn[1]};
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
+    request_free(&q);
+    check_pages_back(s);
+}
+
+static void test_followups(void)
+{
+    static const char *const full[] = {"max_num_batched_tokens", "50", NULL};
+    static const char *const small[] = {"kv_cache.policy", "vl_cache", "kv_cache.vl_cache.no_image_rows", "20", NULL};
+    struct service s;
+    service_open(&s, &ranks, TINY, full);
+    check_followups(&s, true);
+    check_followup_of_stop(&s);
+    refuse(&s, two_turns((int32_t[]){4}, 1, 9, (int32_t[]){4}, 1, 1 << 20), "max_model_len");
+    service_close(&s);
+    service_open(&s, &ranks, TINY, small);
+    check_followups(&s, false);
+    service_close(&s);
+}
+
 static void test_penalties(void)
 {
     struct service s;
@@ -569,14 +680,6 @@ static void test_penalties(void)
 }
 
 /* ---- refusals ---- */
-
-static void refuse(struct service *s, struct request r, const char *part)
-{
-    struct answer a = {0};
-    CHECK_FAILS(engine_submit(s->engine, &r, (struct sink){&a, NULL, answer_done}), ERR_REQUEST, part);
-    CHECK(r.ids != NULL && !a.done);
-    request_free(&r);
-}
 
 static void test_refusals(void)
 {
@@ -636,6 +739,7 @@ int main(void)
                                               {"seeds", test_seeds},
                                               {"log-probabilities", test_logprobs},
                                               {"forced tokens", test_forced},
+                                              {"follow-ups", test_followups},
                                               {"penalties", test_penalties},
                                               {"refusals", test_refusals},
                                               {"many at once, small", test_many_tiny},
