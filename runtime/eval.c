@@ -66,18 +66,32 @@ static void keep_likelihood(struct eval_answer *a, const struct completion *c)
     for (int i = 0; i < a->n_likelihood; i++) a->log_likelihood += (double)c->logprob[i * width];
 }
 
+static int keep_followup(struct eval_followup *f, const struct completion *c)
+{
+    f->text = calloc(c->text_size + 1, 1);
+    f->tokens = malloc(((size_t)c->n_tokens + 1) * sizeof *f->tokens);
+    if (!f->text || !f->tokens) FAIL(ERR_NOMEM, "no memory for an answer of %zu bytes", c->text_size);
+    if (c->text_size) memcpy(f->text, c->text, c->text_size);
+    f->text_size = c->text_size;
+    if (c->n_tokens) memcpy(f->tokens, c->tokens, (size_t)c->n_tokens * sizeof *f->tokens);
+    f->n_tokens = c->n_tokens;
+    return OK;
+}
+
+/* Between two turns nothing is finished yet. An answer whose second turn is aborted is asked again. */
 static void on_done(void *arg, const struct completion *c)
 {
     const struct slot *slot = arg;
     struct eval *e = slot->eval;
     struct eval_answer *a = &e->run->answer[slot->question];
-    e->n_in_flight--;
+    e->n_in_flight -= !c->more;
     if (c->finish_reason == FINISH_ABORT || e->rc) return;
     if (c->n_logprobs) keep_likelihood(a, c);
     if (e->pass == EVAL_FREE) {
         e->run->seconds = e->seconds_before + clock_seconds() - e->start;
-        e->rc = keep_answer(a, c);
+        e->rc = c->turn ? keep_followup(&a->followup, c) : keep_answer(a, c);
     }
+    if (c->more) return;
     if (!e->rc) e->rc = eval__journal_add(&e->journal, &e->questions, e->run, slot->question, e->pass);
     e->n_done++;
 }
@@ -130,6 +144,17 @@ static int force(struct request *request, const struct eval_answer *answer)
     return OK;
 }
 
+/* The second turn's text goes to the tokenizer as it stands, without a begin token. */
+static int add_followup(const struct eval *e, struct request *request, const char *prompt)
+{
+    size_t n;
+    TRY(tokenizer_encode(prompt_tokenizer(e->builder), prompt, strlen(prompt), TOKENIZER_PARSE_SPECIAL,
+                         &request->followup, &n));
+    request->n_followup = n < INT32_MAX ? (int)n : INT32_MAX;
+    request->followup_max_tokens = request->max_tokens;
+    return OK;
+}
+
 static int submit(struct eval *e, struct request *request, int i)
 {
     int rc;
@@ -154,7 +179,9 @@ static int ask(struct eval *e, int i)
         return OK;
     }
     TRY(prompt_from_text(e->builder, &text, e->sampling, q->id, &request));
-    int rc = submit(e, &request, i);
+    int rc = OK;
+    if (q->followup_prompt && e->pass == EVAL_FREE) rc = add_followup(e, &request, q->followup_prompt);
+    if (!rc) rc = submit(e, &request, i);
     request_free(&request);
     return rc == ERR_REQUEST ? status_prefix(rc, "%s", q->id) : rc;
 }

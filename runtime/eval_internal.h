@@ -17,9 +17,10 @@ enum { EVAL_MAX_RUNS = 256 };
 
 struct eval_question {
     char *id, *prompt, *answer;
-    char *task;    /* NULL: none */
-    bool is_long;  /* the answer is five tokens or more */
-    char **images; /* paths */
+    char *task;                              /* NULL: none */
+    char *followup_prompt, *followup_answer; /* a second turn, asked behind the first answer; NULL: none */
+    bool is_long;                            /* the answer is five tokens or more */
+    char **images;                           /* paths */
     int n_images;
     int32_t *model_tokens; /* reference; NULL: none */
     int n_model_tokens;
@@ -44,6 +45,12 @@ struct eval_answer {
     double kept_tokens; /* of a layer, mean */
     int64_t bytes_full, bytes_kept;
     double bytes_read_per_step, first_token_seconds, total_seconds;
+    struct eval_followup { /* the second turn's; text NULL: none */
+        char *text;
+        size_t text_size;
+        int32_t *tokens;
+        int n_tokens;
+    } followup;
     /* Of the full cache's answer under this run's cache: sum of log-probabilities, and of how many tokens. */
     bool scored;
     double log_likelihood;
@@ -110,9 +117,11 @@ bool eval__is_full(const struct eval_one_run *run);
 const struct eval_one_run *eval__full_of(const struct eval_one_run *runs, int n_runs);
 
 /* eval__score - fills run->scores; `full` is the full cache's run or NULL. eval__score_subset - of the questions with
- * this task (NULL: any), or of the long ones. eval__f1 - overlap of two texts' words. eval__anls - 1 less the
- * Levenshtein distance over the longer length, in characters, lower case (of ASCII) and without white space around; 0
- * from a distance of half the length on. */
+ * this task (NULL: any), or of the long ones; eval__score_followups - of all second turns. eval__f1 - overlap of two
+ * texts' words. eval__anls - 1 less the Levenshtein distance over the longer length, in characters, lower case (of
+ * ASCII) and without white space around; 0 from a distance of half the length on. */
+struct eval_subset eval__score_followups(const struct eval_questions *questions, const struct eval_one_run *run,
+                                         const struct eval_one_run *full);
 struct eval_subset eval__score_subset(const struct eval_questions *questions, const struct eval_one_run *run,
                                       const struct eval_one_run *full, const char *task, bool only_long);
 double eval__anls(const char *text, size_t size, const char *answer);

@@ -103,18 +103,38 @@ static const char *string(const cJSON *record, const char *key)
     return cJSON_IsString(item) ? item->valuestring : "";
 }
 
+static int take_tokens(const cJSON *tokens, int32_t **out, int *n)
+{
+    const cJSON *item;
+    *n = 0;
+    *out = calloc((size_t)cJSON_GetArraySize(tokens) + 1, sizeof **out);
+    if (!*out) FAIL(ERR_NOMEM, "no memory for an answer");
+    cJSON_ArrayForEach (item, tokens) (*out)[(*n)++] = item->valueint;
+    return OK;
+}
+
+static int take_followup(const cJSON *record, struct eval_followup *f)
+{
+    if (!json_get(record, "followup")) return OK;
+    f->text = strdup(string(record, "followup"));
+    if (!f->text) FAIL(ERR_NOMEM, "no memory for an answer");
+    f->text_size = strlen(f->text);
+    return take_tokens(json_get(record, "followup_tokens"), &f->tokens, &f->n_tokens);
+}
+
 /* Leaves the answer alone where its text has a zero byte, which cJSON cuts at: it is asked again. */
 static int take_answer(const cJSON *record, struct eval_answer *a)
 {
-    const cJSON *tokens = json_get(record, "tokens"), *item;
     const char *text = string(record, "text");
     size_t size = (size_t)number(record, "text_size");
-    if (a->done || strlen(text) != size) return OK;
+    if (a->done || strlen(text) != size ||
+        strlen(string(record, "followup")) != (size_t)number(record, "followup_size"))
+        return OK;
     a->text = strdup(text);
-    a->tokens = calloc((size_t)cJSON_GetArraySize(tokens) + 1, sizeof *a->tokens);
-    if (!a->text || !a->tokens) FAIL(ERR_NOMEM, "no memory for an answer of %zu bytes", size);
+    if (!a->text) FAIL(ERR_NOMEM, "no memory for an answer of %zu bytes", size);
     a->text_size = size;
-    cJSON_ArrayForEach (item, tokens) a->tokens[a->n_tokens++] = item->valueint;
+    TRY(take_tokens(json_get(record, "tokens"), &a->tokens, &a->n_tokens));
+    TRY(take_followup(record, &a->followup));
     a->prompt_tokens = (int)number(record, "prompt_tokens");
     a->image_tokens = (int)number(record, "image_tokens");
     a->kept_tokens = number(record, "kept_tokens");
@@ -256,6 +276,12 @@ static void put_answer(struct output_buffer *b, const struct eval_one_run *run, 
                   "\"total_seconds\":%.6f,\"run_seconds\":%.6f",
                   a->prompt_tokens, a->image_tokens, a->kept_tokens, a->bytes_full, a->bytes_kept,
                   a->bytes_read_per_step, a->first_token_seconds, a->total_seconds, run->seconds);
+    if (!a->followup.text) return;
+    output_printf(b, ",\"followup_size\":%zu,\"followup\":", a->followup.text_size);
+    output_string(b, a->followup.text, a->followup.text_size);
+    output_printf(b, ",\"followup_tokens\":[");
+    for (int k = 0; k < a->followup.n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->followup.tokens[k]);
+    output_printf(b, "]");
 }
 
 int eval__journal_add(struct eval_journal *j, const struct eval_questions *questions, const struct eval_one_run *run,

@@ -49,6 +49,17 @@ static int read_tokens(const cJSON *object, const char *what, struct eval_questi
     return OK;
 }
 
+static int read_followup(const cJSON *object, const char *what, struct eval_question *q)
+{
+    const cJSON *followup = json_get(object, "followup");
+    if (!followup) return OK;
+    q->followup_prompt = copy_string(followup, "prompt");
+    q->followup_answer = copy_string(followup, "answer");
+    if (!q->followup_prompt || !*q->followup_prompt || !q->followup_answer)
+        FAIL(ERR_FORMAT, "%s: followup must be an object with a prompt and an answer", what);
+    return OK;
+}
+
 static int read_question(const cJSON *object, const char *folder, const char *what, struct eval_question *q)
 {
     if (!cJSON_IsObject(object)) FAIL(ERR_FORMAT, "%s: must be an object with id, prompt and answer", what);
@@ -64,6 +75,7 @@ static int read_question(const cJSON *object, const char *folder, const char *wh
     if (task && !(q->task = strdup(task))) FAIL(ERR_NOMEM, "%s: no memory", what);
     TRY(json_bool(object, what, "long", &q->is_long));
     TRY(json_double(object, what, "min_margin", 0, 1e9, &q->min_margin));
+    TRY(read_followup(object, what, q));
     TRY(read_images(object, folder, what, q));
     return read_tokens(object, what, q);
 }
@@ -126,6 +138,8 @@ void eval__free(struct eval_questions *questions)
         free(q->prompt);
         free(q->answer);
         free(q->task);
+        free(q->followup_prompt);
+        free(q->followup_answer);
         free(q->model_tokens);
     }
     free(questions->question);

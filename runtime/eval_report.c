@@ -173,7 +173,7 @@ static bool first_of_task(const struct eval_questions *questions, int i)
     return task != NULL;
 }
 
-/* Every task by its name, in the order of the file; then the long answers, if the file marks any. */
+/* Every task by its name, in the order of the file; then the long answers and the second turns, if the file has any. */
 static void put_subsets(struct output_buffer *b, const struct eval_questions *questions, const struct eval_one_run *run,
                         const struct eval_one_run *full)
 {
@@ -191,11 +191,14 @@ static void put_subsets(struct output_buffer *b, const struct eval_questions *qu
         comma = ",";
     }
     output_printf(b, "},");
-    struct eval_subset s = eval__score_subset(questions, run, full, NULL, true);
-    if (!s.n) return;
-    output_printf(b, "\"long\":{");
-    put_subset(b, &s);
-    output_printf(b, "},");
+    const struct eval_subset groups[] = {eval__score_subset(questions, run, full, NULL, true),
+                                         eval__score_followups(questions, run, full)};
+    for (int i = 0; i < 2; i++) {
+        if (!groups[i].n) continue;
+        output_printf(b, "\"%s\":{", i ? "followup" : "long");
+        put_subset(b, &groups[i]);
+        output_printf(b, "},");
+    }
 }
 
 static void put_run(struct output_buffer *b, const struct eval_questions *questions, const struct eval_one_run *run,
@@ -233,6 +236,10 @@ static void put_items(struct output_buffer *b, const struct eval_questions *ques
         for (int k = 0; k < a->n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->tokens[k]);
         output_printf(b, "],\"correct\":%s,\"anls\":%.9g", eval__correct(q, a) ? "true" : "false",
                       eval__anls(a->text, a->text_size, q->answer));
+        if (a->followup.text) {
+            output_printf(b, ",\"followup\":");
+            output_string(b, a->followup.text, a->followup.text_size);
+        }
         if (a->n_likelihood && isfinite(a->log_likelihood))
             output_printf(b, ",\"log_likelihood\":%.9g,\"likelihood_tokens\":%d", a->log_likelihood / a->n_likelihood,
                           a->n_likelihood);

@@ -89,6 +89,8 @@ void eval__free_runs(struct eval_one_run *runs, int n_runs, int n_questions)
         for (int k = 0; runs[i].answer && k < n_questions; k++) {
             free(runs[i].answer[k].text);
             free(runs[i].answer[k].tokens);
+            free(runs[i].answer[k].followup.text);
+            free(runs[i].answer[k].followup.tokens);
         }
         free(runs[i].answer);
     }

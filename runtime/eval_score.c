@@ -18,13 +18,17 @@ static void trim(const char **text, size_t *size)
     while (*size && is_space((*text)[*size - 1])) (*size)--;
 }
 
-bool eval__correct(const struct eval_question *question, const struct eval_answer *answer)
+static bool same_text(const char *a, size_t n, const char *b)
 {
-    const char *a = answer->text, *b = question->answer;
-    size_t n = answer->text_size, m = strlen(b);
+    size_t m = strlen(b);
     trim(&a, &n);
     trim(&b, &m);
     return n == m && !memcmp(a, b, n);
+}
+
+bool eval__correct(const struct eval_question *question, const struct eval_answer *answer)
+{
+    return same_text(answer->text, answer->text_size, question->answer);
 }
 
 struct word {
@@ -149,6 +153,35 @@ const struct eval_one_run *eval__full_of(const struct eval_one_run *runs, int n_
     return NULL;
 }
 
+static void finish(struct eval_subset *s)
+{
+    double n = s->n ? s->n : 1;
+    s->exact_match = s->n_exact / n;
+    s->anls /= n;
+    s->token_f1 /= n;
+    if (s->n_likelihood) s->log_likelihood /= (double)s->n_likelihood;
+}
+
+struct eval_subset eval__score_followups(const struct eval_questions *questions, const struct eval_one_run *run,
+                                         const struct eval_one_run *full)
+{
+    struct eval_subset s = {.n_like_full = full ? 0 : -1};
+    for (int i = 0; i < questions->n; i++) {
+        const char *answer = questions->question[i].followup_answer;
+        const struct eval_followup *f = &run->answer[i].followup;
+        if (!answer || !f->text) continue;
+        s.n++;
+        s.n_exact += same_text(f->text, f->text_size, answer);
+        s.anls += eval__anls(f->text, f->text_size, answer);
+        s.token_f1 += eval__f1(f->text, f->text_size, answer);
+        if (full)
+            s.n_like_full +=
+                same_tokens(f->tokens, f->n_tokens, full->answer[i].followup.tokens, full->answer[i].followup.n_tokens);
+    }
+    finish(&s);
+    return s;
+}
+
 struct eval_subset eval__score_subset(const struct eval_questions *questions, const struct eval_one_run *run,
                                       const struct eval_one_run *full, const char *task, bool only_long)
 {
@@ -167,11 +200,7 @@ struct eval_subset eval__score_subset(const struct eval_questions *questions, co
         s.log_likelihood += a->log_likelihood;
         s.n_likelihood += a->n_likelihood;
     }
-    double n = s.n ? s.n : 1;
-    s.exact_match = s.n_exact / n;
-    s.anls /= n;
-    s.token_f1 /= n;
-    if (s.n_likelihood) s.log_likelihood /= (double)s.n_likelihood;
+    finish(&s);
     return s;
 }
 

@@ -76,7 +76,12 @@ static inline void fake_finish(struct engine *e, int i, enum finish_reason reaso
                            .n_layers = FAKE_LAYERS,
                            .bytes_full = 1024 * (int64_t)r.request.n_ids,
                            .bytes_kept = 256 * (int64_t)r.request.n_ids};
+    c.more = r.request.n_followup && reason != FINISH_ABORT;
     r.sink.on_done(r.sink.arg, &c);
+    if (c.more) { /* the second turn has the same answer, but for the number */
+        c.more = false, c.turn = 1, c.n_logprobs = 0;
+        r.sink.on_done(r.sink.arg, &c);
+    }
     request_free(&r.request);
     if (reason != FINISH_ABORT) e->n_finished++;
 }

@@ -78,8 +78,11 @@ static void write_questions(void)
                 "{\"id\":\"q%d\",\"images\":[%s],\"prompt\":\"USER: %sWhat is FIELD %d? ASSISTANT:\",\"answer\":\"%s\","
                 "\"task\":\"%s\",%s\"model_tokens\":[%d,%d,2],\"min_margin\":%g}\n%s",
                 i, i == 0 ? "\"page.png\"" : "", i == 0 ? "<image>\\n" : "", i, i == 3 ? "something else" : text,
-                i < 2 ? "find" : "count", i == 5 ? "\"long\":true," : "", t[0], t[1] + (i >= 4), i == 4 ? 0.01 : 2.5,
-                i == 2 ? "\n  \n" : "");
+                i < 2 ? "find" : "count",
+                i == 5   ? "\"long\":true,"
+                : i == 1 ? "\"followup\":{\"prompt\":\" USER: And?\",\"answer\":\"answer 1 2\"},"
+                         : "",
+                t[0], t[1] + (i >= 4), i == 4 ? 0.01 : 2.5, i == 2 ? "\n  \n" : "");
     }
     fclose(f);
 }
@@ -151,6 +154,9 @@ static void test_runs(void)
     CHECK(number(rest, "n") == 4 && number(rest, "exact_match") == 0.75 && number(rest, "anls") < 1);
     CHECK(number(json_get(d, "long"), "n") == 1 && number(json_get(d, "long"), "anls") == 1);
     CHECK(number(d, "bytes_read_per_step") > 100 && !strcmp(json_get(d, "dtype")->valuestring, "auto"));
+    const cJSON *next = json_get(d, "followup"); /* another number, mostly */
+    CHECK(number(next, "n") == 1 && number(next, "exact_match") == 0 && number(next, "same_as_full") == 1);
+    CHECK(number(next, "anls") > 0 && number(json_get(a, "followup"), "same_as_full") == 0);
     CHECK(access(journal, F_OK) != 0);
     CHECK(number(a, "token_f1") > 0.5 && number(a, "token_f1") < 0.7); /* two of three words */
     CHECK(fabs(number(d, "kept_share") - 0.25) < 1e-9 && number(d, "generated_tokens") == 3 * QUESTIONS);
@@ -328,6 +334,7 @@ static void test_bad_files(void)
         {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"images\":\"f\"}", "images must be a list"},
         {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"images\":[3]}", "images must be a list"},
         {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"model_tokens\":[1.5]}", "model_tokens must be"},
+        {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"followup\":{\"prompt\":\"q\"}}", "followup must be"},
         {"\n{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"min_margin\":\"z\"}", "line 2: min_margin"},
     };
     struct eval_result r;
