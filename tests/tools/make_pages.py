@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Makes document pages in the style of the demo model's own, with questions about them, in the format that `vitrail eval`
-reads: OUT/questions.jsonl and OUT/images/*.png (336 x 336 RGB). One set a run:
+"""Makes document pages in the style of the demo model's own, with questions about them, in the format that `vitrail
+eval` reads: OUT/questions.jsonl and OUT/images/*.png (336 x 336 RGB). One set a run:
 
     make_pages.py --set lookup --count 200 --seed 1 OUT
 
@@ -9,15 +9,16 @@ reads: OUT/questions.jsonl and OUT/images/*.png (336 x 336 RGB). One set a run:
   pages         four pages, `On page 2, what is the FIELD?`, the question after the images
   pages-first   the same with the question before the images
   listing       one page, `List all fields.` and the like: about 50 tokens that need the whole page
-  second        one page, two questions: {..., "followup": {"prompt", "answer", "long"}} is the second turn, whose prompt
-                follows the first answer's </s>. --flatten writes it as one prompt with the true first answer in it.
+  second        one page, two questions: {..., "followup": {"prompt", "answer", "long"}} is the second turn, whose
+                prompt follows the first answer's </s>. --flatten writes both as one prompt, with the true first
+                answer in it.
 
-"long" marks answers of five tokens or more, </s> counted (numbers, dates, codes): the first token of an answer comes from
-the prefill, so shorter answers survive any compression. --long asks for such values only.
+"long" marks answers of five tokens or more, </s> counted (numbers, dates, codes): the first token of an answer comes
+from the prefill, so shorter answers survive any compression. --long asks for such values only.
 
 Needs Python 3.9, Pillow 9.1 and the Debian packages python3-pil, fonts-dejavu-core, fonts-dejavu-extra,
-fonts-liberation and fonts-freefont-ttf. The same seed gives the same questions anywhere, and the same pixels where these
-packages' versions are the same. Cases are seeded one by one: the first 50 of 200 are the 50 of a smaller count."""
+fonts-liberation and fonts-freefont-ttf. The same seed gives the same questions anywhere, and the same pixels where
+these packages' versions are the same. Cases are seeded one by one: a smaller count gives the first of a larger one."""
 import argparse
 import json
 import os
@@ -89,7 +90,8 @@ def second(rng, need_long, flatten):
     asked = ask(rng, page, need_long)
     name, value = ask(rng, page, need_long, asked)
     prompt = turn(rng, rng.choice(QUESTIONS).format(asked[0]), 1, False)
-    followup = {"prompt": f"USER: {rng.choice(QUESTIONS).format(name)} ASSISTANT:", "answer": value, "long": is_long(value)}
+    question = rng.choice(QUESTIONS).format(name)
+    followup = {"prompt": f"USER: {question} ASSISTANT:", "answer": value, "long": is_long(value)}
     if flatten:
         return [page], {**followup, "prompt": f"{prompt} {asked[1]}</s>{followup['prompt']}"}
     return [page], {"prompt": prompt, "answer": asked[1], "long": is_long(asked[1]), "followup": followup}

@@ -1,43 +1,43 @@
-"""What stands on the pages that make_pages.py draws: titles, field names and values, all from the closed vocabulary that
-the demo model was trained on (names that its dev-eval and its tokenizer show). Every choice comes from the random
+"""What stands on the pages that make_pages.py draws: titles, field names and values, all from the closed vocabulary
+that the demo model was trained on (names that its dev-eval and its tokenizer show). Every choice comes from the random
 generator that the caller passes, and none from a font's size, so a seed gives the same texts on every machine."""
 
 FIELDS = {
-    "price": "TOTAL,SUBTOTAL,TAX,TIP,FEE,FARE,COST,PRICE,UNIT PRICE,BALANCE,DEPOSIT,REFUND,DEBIT,CREDIT,RENT,SALARY,WAGE,"
-             "BONUS,BUDGET,TOLL,CASH,CHANGE,PAID,DUE,LOAN,AMOUNT",
+    "price": "TOTAL,SUBTOTAL,TAX,TIP,FEE,FARE,COST,PRICE,UNIT PRICE,BALANCE,DEPOSIT,REFUND,DEBIT,CREDIT,RENT,SALARY,"
+             "WAGE,BONUS,BUDGET,TOLL,CASH,CHANGE,PAID,DUE,LOAN,AMOUNT",
     "date": "DATE,ORDER DATE,DUE DATE,ISSUED,EXPIRES,BIRTH,SIGNED,SHIPPED,ORDERED,RENEWAL,CHECKIN,CHECKOUT,ARRIVAL,"
             "DEPARTURE,DELIVERY",
     "time": "OPEN,CLOSE,START,END,BREAK,BOARDING,LANDING,PICKUP,ALARM,SHIFT,SESSION,TIME",
     "number": "AGE,COUNT,DAYS,DESK,FLOOR,LANE,PAGE,PIN,POINTS,QTY,ROOM,SCORE,STOCK,TABLE,UNITS,UNIT,YEAR,ZIP,BOX",
-    "code": "ACCOUNT,BATCH,CARD,CLAIM,CODE,FLIGHT,GATE,INVOICE,INVOICE NO,LICENSE,LOCKER,LOT,MODEL,ORDER,ORDER NO,PART NO,"
-            "PERMIT,PLATE,POLICY,REF,ROUTE,SEAT,SERIAL,SKU,TICKET,TRACKING",
+    "code": "ACCOUNT,BATCH,CARD,CLAIM,CODE,FLIGHT,GATE,INVOICE,INVOICE NO,LICENSE,LOCKER,LOT,MODEL,ORDER,ORDER NO,"
+            "PART NO,PERMIT,PLATE,POLICY,REF,ROUTE,SEAT,SERIAL,SKU,TICKET,TRACKING",
     "phone": "FAX,HELPLINE,MOBILE,PHONE",
     "percent": "DISCOUNT,INTEREST,MARGIN,RATE,TAX RATE",
     "quantity": "DEPTH,DOSE,ENERGY,HEIGHT,LENGTH,POWER,SPEED,VOLUME,WEIGHT,WIDTH,NET WEIGHT",
-    "person": "AGENT,AUTHOR,BUYER,CASHIER,CLIENT,DOCTOR,DRIVER,GUEST,MANAGER,NAME,FIRST NAME,LAST NAME,NURSE,OWNER,PATIENT,"
-              "PILOT,SELLER,SENDER,STUDENT,TEACHER,TENANT,WITNESS",
+    "person": "AGENT,AUTHOR,BUYER,CASHIER,CLIENT,DOCTOR,DRIVER,GUEST,MANAGER,NAME,FIRST NAME,LAST NAME,NURSE,OWNER,"
+              "PATIENT,PILOT,SELLER,SENDER,STUDENT,TEACHER,TENANT,WITNESS",
     "city": "BRANCH,CAMPUS,DEST,FROM,ORIGIN,PORT,REGION,STATION,VENUE",
     "state": "CLASS,GRADE,LEVEL,METHOD,MODE,PRIORITY,RESULT,STATE,STATUS,TYPE",
     "thing": "BRAND,CATEGORY,COLOR,DEPT,FLAVOR,ITEM,MATERIAL,PRODUCT,SUBJECT",
 }
 KIND = {name: kind for kind, names in FIELDS.items() for name in names.split(",")}
 
-TITLES = ("GREEN MARKET,SPORT CLUB,PARKING TICKET,CERTIFICATE,MEMBER CARD,RECEIPT,CITY BANK,AUTO REPAIR,REPORT,POST OFFICE,"
-          "SUMMARY,MEDICAL RECORD,BOARDING PASS,ID CARD,NORTH SCHOOL,HOTEL PLAZA,SHIPPING LABEL,STATEMENT,DELIVERY NOTE,"
-          "RENTAL AGREEMENT,CENTRAL CLINIC,INVOICE FORM").split(",")
+TITLES = ("GREEN MARKET,SPORT CLUB,PARKING TICKET,CERTIFICATE,MEMBER CARD,RECEIPT,CITY BANK,AUTO REPAIR,REPORT,"
+          "POST OFFICE,SUMMARY,MEDICAL RECORD,BOARDING PASS,ID CARD,NORTH SCHOOL,HOTEL PLAZA,SHIPPING LABEL,"
+          "STATEMENT,DELIVERY NOTE,RENTAL AGREEMENT,CENTRAL CLINIC,INVOICE FORM").split(",")
 
 WORDS = {
-    "first": "Alice,Anna,Bruno,Clara,David,Diana,Emma,Erik,Felix,Frank,Greta,Helen,Hugo,Irene,Ivan,Jonas,Karen,Laura,Lucas,"
-             "Maria,Nina,Oscar,Paula,Peter,Ralph,Sara,Simon,Tom,Vera,Walter",
-    "last": "Baker,Brown,Carter,Clark,Evans,Fisher,Green,Hill,Jones,King,Lee,Mason,Parker,Reed,Smith,Stone,Turner,Walker,"
-            "Young",
-    "city": "Athens,Berlin,Boston,Cairo,Chicago,Dallas,Delhi,Denver,Dublin,Havana,Lima,Lisbon,London,Madrid,Milan,Oslo,"
-            "Paris,Prague,Quito,Rome,Seattle,Sydney,Tokyo,Toronto,Vienna",
-    "state": "Active,Auto,Basic,Closed,Failed,Fair,First,Good,High,Late,Low,Manual,Medium,Normal,Open,Paid,Passed,Pending,"
-             "Poor,Ready,Second,Shipped,Third,Urgent",
-    "thing": "Apple,Biology,Black,Blue,Bottle,Bread,Camera,Chair,Cherry,Coffee,Cotton,Finance,Garden,Glass,Gold,Green,"
-             "Guitar,History,Honey,Jacket,Lamp,Laptop,Leather,Legal,Lemon,Math,Milk,Mint,Music,Paper,Pencil,Phone,Physics,"
-             "Red,Rice,Sales,Salt,Shoes,Silver,Steel,Sugar,Support,Tea,Vanilla,Watch,White,Wood,Wool",
+    "first": "Alice,Anna,Bruno,Clara,David,Diana,Emma,Erik,Felix,Frank,Greta,Helen,Hugo,Irene,Ivan,Jonas,Karen,"
+             "Laura,Lucas,Maria,Nina,Oscar,Paula,Peter,Ralph,Sara,Simon,Tom,Vera,Walter",
+    "last": "Baker,Brown,Carter,Clark,Evans,Fisher,Green,Hill,Jones,King,Lee,Mason,Parker,Reed,Smith,Stone,Turner,"
+            "Walker,Young",
+    "city": "Athens,Berlin,Boston,Cairo,Chicago,Dallas,Delhi,Denver,Dublin,Havana,Lima,Lisbon,London,Madrid,Milan,"
+            "Oslo,Paris,Prague,Quito,Rome,Seattle,Sydney,Tokyo,Toronto,Vienna",
+    "state": "Active,Auto,Basic,Closed,Failed,Fair,First,Good,High,Late,Low,Manual,Medium,Normal,Open,Paid,Passed,"
+             "Pending,Poor,Ready,Second,Shipped,Third,Urgent",
+    "thing": "Apple,Biology,Black,Blue,Bottle,Bread,Camera,Chair,Cherry,Coffee,Cotton,Finance,Garden,Glass,Gold,"
+             "Green,Guitar,History,Honey,Jacket,Lamp,Laptop,Leather,Legal,Lemon,Math,Milk,Mint,Music,Paper,Pencil,"
+             "Phone,Physics,Red,Rice,Sales,Salt,Shoes,Silver,Steel,Sugar,Support,Tea,Vanilla,Watch,White,Wood,Wool",
     "month": "Jan,Feb,Mar,Apr,May,Jun,Jul,Aug,Sep,Oct,Nov,Dec",
     "unit": "g,kg,mm,cm,m,km,ml,L,W,kW",
 }
@@ -69,7 +69,10 @@ def code(rng):
 
 
 def quantity(rng):
-    amount = digits(rng, rng.randint(1, 3)) if rng.random() < 0.6 else digits(rng, rng.randint(1, 2)) + f".{rng.randrange(10)}"
+    if rng.random() < 0.6:
+        amount = digits(rng, rng.randint(1, 3))
+    else:
+        amount = digits(rng, rng.randint(1, 2)) + f".{rng.randrange(10)}"
     return f"{amount} {rng.choice(WORDS['unit'])}"
 
 

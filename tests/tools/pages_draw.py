@@ -1,5 +1,5 @@
-"""Draws one page of make_pages.py: fields in one of seven layouts, in one of the fonts below, on a light, tinted or dark
-ground. The limits are those of the demo model's training pages: letters of 13 to 22 pixels, one page of 336 x 336."""
+"""Draws one page of make_pages.py: fields in one of seven layouts, in one of the fonts below, on a light, tinted or
+dark ground. The limits are those of the demo model's training: fonts of 13 to 22 pixels on a page of 336 x 336."""
 import colorsys
 import os
 
@@ -61,7 +61,8 @@ class Style:
     def __init__(self, rng):
         self.layout = rng.choice(sorted(LAYOUTS))
         self.face = rng.choice(FACES)
-        self.key_bold, self.value_bold = rng.choice([(False, False), (False, False), (True, False), (False, True), (True, True)])
+        weights = [(False, False), (False, False), (True, False), (False, True), (True, True)]
+        self.key_bold, self.value_bold = rng.choice(weights)
         self.size = rng.randint(SMALLEST, LARGEST)
         self.dark = rng.random() < 0.15
         self.ground = self.pick_ground(rng)
@@ -81,7 +82,9 @@ class Style:
     def pick_ground(self, rng):
         if self.dark:
             return hsv(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.06, 0.2))
-        return (255, 255, 255) if rng.random() < 0.12 else hsv(rng.random(), rng.uniform(0.01, 0.13), rng.uniform(0.84, 1))
+        if rng.random() < 0.12:
+            return 255, 255, 255
+        return hsv(rng.random(), rng.uniform(0.01, 0.13), rng.uniform(0.84, 1))
 
     def pick_ink(self, rng):
         while True:
@@ -92,7 +95,7 @@ class Style:
 
 
 class Page:
-    """One attempt at a page: a layout puts texts and strokes on it in the style's font at a size, and notes overflow."""
+    """One attempt at a page: a layout puts texts and strokes on it in the style's font at a size and notes overflow."""
 
     def __init__(self, fonts, style, fields, title, size):
         self.style, self.size = style, size
@@ -179,7 +182,7 @@ class Page:
 def lines(page):
     """KEY: value, the values right behind the keys or in a column of their own."""
     n, style = len(page.keys), page.style
-    gap = 4 + 8 * style.jitter[0]
+    gap = 7 + 7 * style.jitter[0]
     column = max(page.key_width(i) for i in range(n)) if style.dotted else 0
     widths = [max(column, page.key_width(i)) + gap + page.value_width(i) for i in range(n)]
     x = page.left(max(widths))
@@ -240,7 +243,7 @@ def halves(page):
     """Two columns of KEY: value, filled downwards."""
     n, style = len(page.keys), page.style
     rows = (n + 1) // 2
-    gap = 4 + 4 * style.jitter[0]
+    gap = 7 + 4 * style.jitter[0]
     width = max(page.key_width(i) + gap + page.value_width(i) for i in range(rows))
     columns = EDGE, max(SIDE / 2, EDGE + width + 10)
     y0, pitch = page.rows(rows, page.line + 2)
@@ -271,7 +274,7 @@ def cards(page):
 def scattered(page):
     """KEY: value lines, each beginning somewhere else."""
     n, style = len(page.keys), page.style
-    gap = 4 + 6 * style.jitter[15]
+    gap = 7 + 6 * style.jitter[15]
     y, pitch = page.rows(n, page.line + 1)
     for i in range(n):
         width = page.key_width(i) + gap + page.value_width(i)
