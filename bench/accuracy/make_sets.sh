@@ -1,5 +1,5 @@
 #!/bin/sh
-# make_sets.sh - the page sets of the accuracy records, into build/accuracy/{tuning,record}/SET/questions.jsonl, untracked.
+# make_sets.sh - the page sets of the accuracy records, into build/accuracy/{tuning,record}/SET/questions.jsonl.
 # The two halves share no page: presets are chosen on tuning and reported on record. Every answer asked for is one of
 # five tokens or more; shorter ones survive any compression. tests/tools/make_pages.py says what it needs.
 #   bench/accuracy/make_sets.sh [FOLDER]        PYTHON=... names another interpreter, SHARE=10 makes a tenth of each set
