@@ -106,7 +106,8 @@ struct policy_sequence {
     } * spans;
     int last_turn_start; /* first token of the last user turn */
     struct kv_budget budget;
-    uint64_t seed; /* the request's: of random choices, equal on all ranks */
+    uint64_t seed;  /* the request's: of random choices, equal on all ranks */
+    bool continues; /* a follow-up behind what the policy kept before: nothing is judged or evicted */
 };
 
 /* What a layer's prefill offers: q of the sequence's newest rows, post-RoPE. */
@@ -163,7 +164,8 @@ struct policy_vt {
     /* The keep lists of all layers, given their k [n_layers], at most prompt_tokens. Absent: the lanes stay as they
      * are. */
     int (*select)(struct policy *policy, const struct policy_sequence *sequence, const int *k, struct policy_keep *out);
-    /* After the lanes were packed: what a policy with a decode hook sets up for the slot. */
+    /* After the lanes were packed: what a policy with a decode hook sets up for the slot, also for one that it does not
+     * run for, whose lanes are whole; again when a follow-up's tokens were appended (sequence->continues). */
     int (*begin_decode)(struct policy *policy, const struct policy_sequence *sequence);
     /* In place of a layer's decode attention. Device work only, and the same for every step of a bucket: it is
      * captured. A row with slot < 0 is padding, out 0; a slot whose policy does not run (policy_runs) reads its whole

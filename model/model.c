@@ -285,11 +285,16 @@ static int insert_images(struct model *m, const struct prefill *in)
     return OK;
 }
 
+static bool compresses(const struct policy *policy, const struct policy_sequence *sequence)
+{
+    return !sequence->continues && policy_runs(policy, sequence);
+}
+
 /* The policy looks at the newest rows of each prompt that ends here. */
 static int observe_layer(const struct prefill *in, struct policy *policy, int layer, struct tensor q)
 {
     for (int i = 0; i < in->n_seqs; i++) {
-        if (!in->ends[i] || !policy_runs(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
+        if (!in->ends[i] || !compresses(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
         int rows = policy_judging_rows(policy, &in->sequence[i]), end = in->cu_seqlens[i + 1];
         struct policy_prefill seen = {.layer = layer,
                                       .q = tensor_rows(q, end - rows, rows),
@@ -305,8 +310,8 @@ static int compress(struct model *m, const struct policy_sequence *sequence, str
 {
     struct policy_keep keep;
     for (int l = 0; l < m->dims.n_layers; l++) k[l] = sequence->prompt_tokens;
-    if (policy_runs(policy, sequence) && policy->vt->prefill_end) TRY(policy->vt->prefill_end(policy, sequence, k));
-    if (policy_runs(policy, sequence) && policy->vt->select) {
+    if (compresses(policy, sequence) && policy->vt->prefill_end) TRY(policy->vt->prefill_end(policy, sequence, k));
+    if (compresses(policy, sequence) && policy->vt->select) {
         TRY(policy->vt->select(policy, sequence, k, &keep));
         TRY(ops_kv_pack(m->ops, kv, sequence->slot, 0, m->weights.lanes, keep.index, keep.stride, keep.n_keep));
     }

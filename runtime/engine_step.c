@@ -44,8 +44,9 @@ static int lay_chunk(struct engine *e, const struct step_view *v, int i, int row
                                               .n_spans = slot->n_spans,
                                               .spans = slot->spans,
                                               .last_turn_start = slot->last_turn_start,
-                                              .budget = c->continues ? (struct kv_budget){1, 0} : slot->budget,
-                                              .seed = slot->seed};
+                                              .budget = slot->budget,
+                                              .seed = slot->seed,
+                                              .continues = c->continues};
     return row + c->n_tokens;
 }
 

@@ -76,14 +76,15 @@ static int h2o_select(struct policy *policy, const struct policy_sequence *seque
     return eviction_keep(policy, &h->eviction, sequence, k, h->window, out);
 }
 
-/* A slot whose prompt was not compressed has no limits either. */
+/* A slot whose prompt was not compressed has no limits either, nor has one from its first follow-up on: the tokens that
+ * come with it have no account. */
 static int h2o_begin_decode(struct policy *policy, const struct policy_sequence *sequence)
 {
     struct h2o *h = policy->state;
     const struct policy_env *env = &policy->env;
     size_t first = (size_t)sequence->slot * (size_t)h->eviction.n_lanes;
     size_t bytes = (size_t)h->eviction.n_lanes * sizeof(int32_t);
-    if (!policy_runs(policy, sequence)) return ops_zero(env->ops, h->heavy.limit + first, bytes);
+    if (sequence->continues || !policy_runs(policy, sequence)) return ops_zero(env->ops, h->heavy.limit + first, bytes);
     TRY(ops_upload(env->ops, h->heavy.limit + first, h->eviction.lane_k, bytes));
     TRY(ops_upload(env->ops, h->heavy.recent + first, h->eviction.lane_window, bytes));
     struct tensor score =
