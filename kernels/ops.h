@@ -106,6 +106,16 @@ struct kv_list {
     int stride;
 };
 
+/* What ops_pick_pages works with. */
+struct page_pick {
+    struct tensor bounds; /* [n_pages, 2 (least, largest), head_dim] activations: of each page's keys, per channel */
+    struct tensor score;  /* [n_rows * n_kv_heads, max_pages] float32, dense; out, of lanes that are listed: ranks */
+    const int32_t *limit; /* [n_slots] most pages of a list, at most stride / page_size; 0: the whole lane */
+    int32_t *entry;       /* [n_rows * n_kv_heads, stride] out: a kv_list */
+    int32_t *count;       /* [n_rows * n_kv_heads] out */
+    int stride;
+};
+
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 /* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
@@ -227,6 +237,9 @@ struct ops_vt {
                         const struct kv_view *kv, const struct attention_heads *heads,
                         const struct heavy_hitters *heavy);
     int (*average_pool)(struct ops *o, struct tensor y, struct tensor x, int width);
+    int (*page_bounds)(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane, int n_lanes);
+    int (*pick_pages)(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                      const struct attention_heads *heads, const struct page_pick *pick);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
@@ -411,6 +424,16 @@ int ops_heavy_decode(struct ops *o, struct tensor q, const int32_t *position, co
 /* ops_average_pool - y[r, j] = (x[r, j - width / 2] + ... + x[r, j + width / 2]) / width, columns outside x being 0.
  * y, x [rows, n] float32 that do not overlap, row strides free; width odd. */
 int ops_average_pool(struct ops *o, struct tensor y, struct tensor x, int width) MUST_CHECK;
+/* ops_page_bounds - least and largest of each channel over the keys of each page of n_lanes lanes of a slot, from
+ * `lane` on. bounds [n_pages, 2, head_dim], dense, in the activation dtype: exact. */
+int ops_page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane,
+                    int n_lanes) MUST_CHECK;
+/* ops_pick_pages - in a decode step, after kv_append: brings the bounds of each lane's last page up to date, ranks its
+ * pages by the most that a key within the bounds could give to any query head of the group (sum over channels of
+ * max(q * least, q * largest), unscaled), and lists the entries of the best limit[slot] pages, ascending. Equal scores:
+ * the lower page wins. count -1 where that is the whole lane. Padding rows: count 0. */
+int ops_pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                   const struct attention_heads *heads, const struct page_pick *pick) MUST_CHECK;
 /* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).

@@ -63,6 +63,12 @@ struct h2o_options {
     double recent; /* the newest tokens' part of the budget, 0.5 */
 };
 
+/* Options of Quest, which evicts nothing and reads a part in each decode step. */
+struct quest_options {
+    int min_pages;   /* pages that a KV head reads at least, 3 */
+    int full_layers; /* first layers that read everything, 2 */
+};
+
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
     char policy[32]; /* name in the registry */
@@ -74,6 +80,7 @@ struct policy_config {
     struct pyramid_kv_options pyramid_kv;
     struct streaming_llm_options streaming_llm;
     struct h2o_options h2o;
+    struct quest_options quest;
 };
 
 /* This rank's share of one layer. */
@@ -206,6 +213,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
-    policy_random, policy_h2o;
+    policy_random, policy_h2o, policy_quest;
 
 #endif

@@ -68,17 +68,19 @@ static int find_available(const struct resources *r, bool *gpu, size_t *availabl
 
 /* Pages of the pool: as configured, else all that can be used; on a GPU at most what the rest leaves, on a host at most
  * a quarter of what is available. */
-static int64_t choose_pages(const struct resources *r, bool gpu, size_t available, size_t rest)
+static int choose_pages(struct resources *r, bool gpu, size_t available, size_t rest, int64_t *n_pages)
 {
-    size_t page = resources_page_bytes(r);
+    size_t page = resources_page_bytes(r), beside; /* what policies keep of a page */
     int64_t most = most_pages(r), fit;
+    TRY(resources_policy_page_bytes(r, &beside));
     if (r->config.kv_cache_memory_bytes)
         fit = r->config.kv_cache_memory_bytes / (int64_t)page;
     else if (gpu && available)
-        fit = available > rest ? (int64_t)((available - rest) / (page + sizeof(int32_t))) : 0;
+        fit = available > rest ? (int64_t)((available - rest) / (page + beside + sizeof(int32_t))) : 0;
     else
-        fit = gpu ? most : (int64_t)(available / 4 / page);
-    return fit < most ? fit : most;
+        fit = gpu ? most : (int64_t)(available / 4 / (page + beside));
+    *n_pages = fit < most ? fit : most;
+    return OK;
 }
 
 static int measure_arena(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages,
@@ -124,7 +126,7 @@ int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64
     if (r->gpu_memory) out->available = (size_t)((double)r->gpu_memory * r->config.gpu_memory_utilization);
     if (!n_pages) {
         TRY(measure_all(r, checkpoint, 0, gpu, out));
-        n_pages = choose_pages(r, gpu, out->available, out->total);
+        TRY(choose_pages(r, gpu, out->available, out->total, &n_pages));
     }
     return measure_all(r, checkpoint, n_pages, gpu, out);
 }

@@ -150,13 +150,23 @@ static int measure_policies(struct resources *r)
     return OK;
 }
 
+int resources_policy_page_bytes(struct resources *r, size_t *bytes)
+{
+    enum { MANY = 1 << 24 }; /* more than fit: the state grows no faster up to here than it does on the way to it */
+    r->kv.n_pages = 0;
+    TRY(measure_policies(r));
+    const size_t none = r->policy_bytes;
+    r->kv.n_pages = MANY;
+    TRY(measure_policies(r));
+    *bytes = (r->policy_bytes - none + MANY - 1) / MANY;
+    r->kv.n_pages = 0;
+    return OK;
+}
+
 static int place_kv(struct resources *r, struct arena *arena, int64_t n_pages)
 {
     struct kv_view *kv = &r->kv;
     size_t lanes = (size_t)kv->n_slots * (size_t)kv->lanes_per_slot;
-    if (n_pages > INT32_MAX)
-        FAIL(ERR_CONFIG, "kv_cache_memory_bytes: %lld pages, at most %d are served", (long long)n_pages, INT32_MAX);
-    kv->n_pages = (int)n_pages;
     TRY(arena_take(arena, lanes * (size_t)kv->max_pages * sizeof(int32_t), tables_label, &kv->page_row));
     TRY(arena_take(arena, lanes * sizeof(int32_t), tables_label, &kv->lane_len));
     TRY(arena_take(arena, (size_t)n_pages * sizeof(int32_t), tables_label, &kv->free_stack));
@@ -190,6 +200,9 @@ int resources_place(struct resources *r, struct arena *arena, const struct check
 {
     TRY(model_place(r->model, arena, checkpoint));
     TRY(place_sampling(r, arena));
+    if (n_pages > INT32_MAX)
+        FAIL(ERR_CONFIG, "kv_cache_memory_bytes: %lld pages, at most %d are served", (long long)n_pages, INT32_MAX);
+    r->kv.n_pages = (int)n_pages; /* a policy may keep something for each */
     TRY(measure_policies(r));
     TRY(arena_take(arena, r->policy_bytes, "policy state", &r->policy_memory));
     return place_kv(r, arena, n_pages);

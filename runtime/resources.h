@@ -49,6 +49,8 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint,
                     const struct load_progress *progress) MUST_CHECK;
 
 /* Derived numbers. */
+/* resources_policy_page_bytes - what the policies' state takes with each page of the pool, at most. */
+int resources_policy_page_bytes(struct resources *r, size_t *bytes) MUST_CHECK;
 size_t resources_page_bytes(const struct resources *r);                               /* one page of the pool */
 int resources_max_images(const struct config *config, const struct model_dims *dims); /* of one step */
 int resources_max_prompt_tokens(const struct config *config); /* of all prompts that end in one step */

@@ -3,15 +3,15 @@
  * A list is cut into even pieces, of a size fixed by the configuration and the lists' stride; a block of four warps
  * takes a piece, a warp 16 entries at a time. Each thread finds the rows of one entry (list, page number, row) for the
  * next two tiles of its warp while the ones before are computed, and hands them round. How long lists are is known on
- * the device alone: the grid has room for the longest, blocks beyond a list's end leave at once. A list may be the
- * whole lane (count < 0), whose pieces are as long as attention_decode.cu's, several for each block. The block that
- * finishes the last piece adds the pieces up in their order. */
+ * the device alone: the grid has room for a few pieces of each, blocks beyond a list's end leave at once. A list may be
+ * the whole lane (count < 0), whose pieces are as long as attention_decode.cu's. The block that finishes the last piece
+ * adds the pieces up in their order. Who takes a piece changes no bit. */
 #include "kernels/cuda/attention_decode.cuh"
 
 enum {
-    STEP = WARPS * TILE,   /* entries that a block takes at once */
-    MOST_LIST_PIECES = 32, /* of a list, unless lanes have more */
-    FEW_SEQUENCES = 16     /* fewer: the device is filled by short pieces */
+    STEP = WARPS * TILE, /* entries that a block takes at once */
+    FEW_SEQUENCES = 16,  /* fewer: the device is filled by short pieces, and there is room for many */
+    WAVES = 4            /* of blocks that a launch is to have */
 };
 
 struct listed_arguments {
@@ -169,12 +169,14 @@ static int shortest_piece(const struct ops_limits *limits)
     return limits->max_seqs < FEW_SEQUENCES ? STEP : 2 * STEP;
 }
 
-/* Pieces of a row's lane or list: as many as a whole lane needs, and enough for lists. */
+/* Pieces of a row's lane or list: as many as a whole lane needs, and enough for lists (one more than fit, for strides
+ * in whole pages). */
 static int most_pieces(const struct cuda *c, const struct ops_limits *limits)
 {
-    const int shortest = shortest_piece(limits), lane = (limits->max_context + c->split_tokens - 1) / c->split_tokens;
-    const int longest = (limits->max_context + shortest - 1) / shortest;
-    const int list = longest < MOST_LIST_PIECES ? longest : MOST_LIST_PIECES, most = lane + 1 > list ? lane + 1 : list;
+    const int shortest = shortest_piece(limits), enough = limits->max_seqs < FEW_SEQUENCES ? 128 : 64;
+    const int lane = (limits->max_context + c->split_tokens - 1) / c->split_tokens + 1;
+    const int longest = (limits->max_context + shortest - 1) / shortest + 1, list = longest < enough ? longest : enough;
+    const int most = lane > list ? lane : list;
     return most < MOST_SPLITS ? most : MOST_SPLITS;
 }
 
@@ -209,12 +211,13 @@ static int launch_listed(struct ops *o, const struct listed_arguments &a)
     const struct decode_arguments &d = a.decode;
     void (*kernel)(struct listed_arguments) = listed_kernel<T, CHUNKS, EXACT, PRODUCTS>;
     const size_t shared = block_part_bytes((CHUNKS + 1) / 2, d.group);
-    const int pieces = (a.stride + a.list_piece - 1) / a.list_piece;
+    const int pieces = (a.stride + a.list_piece - 1) / a.list_piece, lanes = d.n_seqs * d.n_kv_heads;
+    const int wanted = (WAVES * 3 * cuda__of(o)->n_multiprocessors + lanes - 1) / lanes;
     if (shared > 48 << 10)
         CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     return cuda__launch(o, "attention_decode_listed", kernel,
-                        dim3((unsigned)pieces, (unsigned)d.n_kv_heads, (unsigned)d.n_seqs), dim3(WARPS * 32), shared,
-                        a);
+                        dim3((unsigned)(pieces < wanted ? pieces : wanted), (unsigned)d.n_kv_heads, (unsigned)d.n_seqs),
+                        dim3(WARPS * 32), shared, a);
 }
 
 template <typename T, int PRODUCTS> static int launch_for_dim(struct ops *o, const struct listed_arguments &a)

@@ -106,10 +106,10 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
     for (int shift = 24; shift >= 0; shift -= 8) {
         __syncthreads();
         count_competitors(count, score, stride, g, row, bound, shift);
-        if (threadIdx.x == 0) {
-            int digit = 255;
-            for (; count[digit] < wanted && digit > 0; digit--) wanted -= count[digit];
-            bound |= (uint32_t)digit << shift;
+        if (threadIdx.x < 32) {
+            int64_t place = wanted;
+            const int digit = digit_at(count, &place);
+            if (threadIdx.x == 0) wanted = (int)place, bound |= (uint32_t)digit << shift;
         }
     }
     __syncthreads();

@@ -57,6 +57,27 @@ __device__ static inline void count_digit(int *count, int digit, bool takes_part
     if (__ffs((int)same) - 1 == (int)threadIdx.x % 32) atomicAdd(&count[digit], __popc(same));
 }
 
+/* The digit at which the place-th highest key lies, given how many keys have each; *place becomes its place among those
+ * with this digit. Called by a whole warp; on every thread of it. */
+__device__ static inline int digit_at(const int *count, int64_t *place)
+{
+    enum { EACH = SELECT_DIGITS / 32 };
+    const int thread = (int)threadIdx.x % 32;
+    int digit = SELECT_DIGITS - 1 - EACH * thread, mine = 0;
+    for (int i = 0; i < EACH; i++) mine += count[digit - i];
+    int upto = mine;
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, upto, step);
+        if (thread >= step) upto += below;
+    }
+    const unsigned reached = __ballot_sync(~0u, upto >= *place);
+    const int finder = reached ? __ffs((int)reached) - 1 : 31;
+    int64_t left = *place - (upto - mine);
+    for (int i = 1; i < EACH && count[digit] < left; i++) left -= count[digit--];
+    *place = __shfl_sync(~0u, left, finder);
+    return __shfl_sync(~0u, digit, finder);
+}
+
 /* The cut after the best k of n scores, on every thread; whole block. count: [SELECT_DIGITS] shared. */
 __device__ static inline struct cut cut_after(const float *score, int n, int k, int *count)
 {
@@ -72,10 +93,10 @@ __device__ static inline struct cut cut_after(const float *score, int n, int k, 
             count_digit(count, (int)(key >> shift & 255), i < n && (uint64_t)(key ^ prefix) >> (shift + 8) == 0);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = 255;
-            for (; count[digit] < cut.n_equal && digit > 0; digit--) cut.n_equal -= count[digit];
-            cut.key |= (uint32_t)digit << shift;
+        if (threadIdx.x < 32) {
+            int64_t place = cut.n_equal;
+            const int digit = digit_at(count, &place);
+            if (threadIdx.x == 0) cut.n_equal = place, cut.key |= (uint32_t)digit << shift;
         }
         __syncthreads();
     }

@@ -1,0 +1,76 @@
+/* Quest (arXiv 2406.10774): all tokens stay in the cache, and each decode step reads the pages that matter to it.
+ *
+ * Of every page the least and the largest of each channel of its keys are kept. From them follows, for the query at
+ * hand, the most that a key of the page could give; each KV head reads the pages with the highest such bound, taken
+ * over the query heads of its group. The first layers read everything, as in the paper: their attention is spread. All
+ * is local to a rank, and the newest page has no privilege. */
+#include <stdlib.h>
+
+#include "kvcache/eviction.h"
+#include "kvcache/quest.h"
+
+static int quest_open(struct policy *policy, struct arena *arena)
+{
+    static const char label[] = "policy state";
+    const struct policy_env *env = &policy->env;
+    const struct kv_view *kv = env->kv;
+    struct quest *s = calloc(1, sizeof *s);
+    policy->state = s;
+    if (!s) FAIL(ERR_NOMEM, "quest: out of memory");
+    int64_t heads = 1;
+    for (int l = 0; l < env->n_layers; l++)
+        if (env->layers[l].heads.n_kv_heads > heads) heads = env->layers[l].heads.n_kv_heads;
+    const int64_t lists = kv->n_slots * heads;
+    s->pick.stride = kv->max_pages * kv->page_size;
+    struct tensor bounds = tensor_3d(NULL, env->ops->dtype, kv->n_pages, 2, kv->head_dim);
+    TRY(arena_tensor(arena, bounds, label, &s->pick.bounds));
+    TRY(arena_tensor(arena, tensor_2d(NULL, DTYPE_F32, lists, kv->max_pages), label, &s->pick.score));
+    TRY(arena_take(arena, (size_t)lists * (size_t)s->pick.stride * sizeof(int32_t), label, &s->pick.entry));
+    TRY(arena_take(arena, (size_t)lists * sizeof(int32_t), label, &s->pick.count));
+    TRY(arena_take(arena, (size_t)kv->n_slots * sizeof(int32_t), label, &s->limit));
+    s->pick.limit = s->limit;
+    return OK;
+}
+
+static void quest_close(struct policy *policy) { free(policy->state); }
+
+int quest_pages(const struct quest_options *options, struct kv_budget budget, int m, int page_size)
+{
+    if (kv_budget_share(budget, m) >= 1.0) return 0;
+    int pages = eviction_tokens(budget, m) / page_size;
+    return pages > options->min_pages ? pages : options->min_pages;
+}
+
+static int quest_begin_decode(struct policy *policy, const struct policy_sequence *sequence)
+{
+    const struct quest *s = policy->state;
+    const struct kv_view *kv = policy->env.kv;
+    int32_t limit =
+        quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, policy->env.kv->page_size);
+    TRY(ops_upload(policy->env.ops, s->limit + sequence->slot, &limit, sizeof limit));
+    if (!limit) return OK;
+    return ops_page_bounds(policy->env.ops, s->pick.bounds, kv, sequence->slot, 0, kv->lanes_per_slot);
+}
+
+static int quest_decode_attention(struct policy *policy, const struct policy_decode *in)
+{
+    const struct quest *s = policy->state;
+    const struct policy_env *env = &policy->env;
+    const struct attention_heads *heads = &env->layers[in->layer].heads;
+    if (in->layer < policy->config.quest.full_layers)
+        return ops_attention_decode(env->ops, in->out, in->q, in->batch, env->kv, heads);
+    struct page_pick pick = s->pick;
+    pick.score = tensor_rows(pick.score, 0, (int64_t)in->batch->n_seqs * heads->n_kv_heads);
+    TRY(ops_pick_pages(env->ops, in->q, in->batch, env->kv, heads, &pick));
+    const struct kv_list list = {pick.entry, pick.count, pick.stride};
+    return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
+}
+
+const struct policy_vt policy_quest = {
+    .name = "quest",
+    .paper = "Quest, arXiv 2406.10774",
+    .open = quest_open,
+    .close = quest_close,
+    .begin_decode = quest_begin_decode,
+    .decode_attention = quest_decode_attention,
+};
