@@ -71,8 +71,8 @@ __device__ static void load_listed_keys(uint4 *low, uint4 *high, const char *poo
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = c * 64 + t * 16;
-        low[c] = at < row_bytes && r < n_valid ? *(const uint4 *)(first + at) : none;
-        high[c] = at < row_bytes && r + 8 < n_valid ? *(const uint4 *)(second + at) : none;
+        low[c] = at < row_bytes && r < n_valid ? read_16<true>(first + at) : none;
+        high[c] = at < row_bytes && r + 8 < n_valid ? read_16<true>(second + at) : none;
     }
 }
 
@@ -90,7 +90,7 @@ __device__ static void load_listed_values(uint4 (*v)[4], const char *values, int
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
             const int at = h * 128 + r * 16;
-            v[h][i] = at < row_bytes && token < n_valid ? *(const uint4 *)(row + at) : none;
+            v[h][i] = at < row_bytes && token < n_valid ? read_16<true>(row + at) : none;
         }
     }
 }
@@ -157,7 +157,7 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) list
         item->end = length - item->first < tokens ? length : item->first + tokens;
         begin_gathering<HALVES, PRODUCTS>(&g);
         gather_listed<T, CHUNKS, EXACT, PRODUCTS>(&g, a, listed, q);
-        finish_item<T, HALVES, PRODUCTS>(d, (struct block_part *)shared, &g, *item);
+        finish_item<T, HALVES, PRODUCTS>(d, (struct block_part *)shared, &g, *item, [] {});
     }
 }
 
@@ -174,7 +174,8 @@ static int shortest_piece(const struct ops_limits *limits)
 static int most_pieces(const struct cuda *c, const struct ops_limits *limits)
 {
     const int shortest = shortest_piece(limits), enough = limits->max_seqs < FEW_SEQUENCES ? 128 : 64;
-    const int lane = (limits->max_context + c->split_tokens - 1) / c->split_tokens + 1;
+    const int whole = (limits->max_context + c->split_tokens - 1) / c->split_tokens + 1;
+    const int lane = whole < c->most_pieces ? whole : c->most_pieces;
     const int longest = (limits->max_context + shortest - 1) / shortest + 1, list = longest < enough ? longest : enough;
     const int most = lane > list ? lane : list;
     return most < MOST_SPLITS ? most : MOST_SPLITS;
