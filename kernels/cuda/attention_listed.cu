@@ -148,13 +148,13 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) list
             ((T *)d.out)[item->row * d.out_stride + (int64_t)item->head * width + i] = from_float<T>(0.0f);
     if ((int)blockIdx.x >= n_splits) return;
     const int tokens = piece_tokens(length, n_splits);
-    uint4 q[PRODUCTS][CHUNKS];
-    load_queries<T, CHUNKS, PRODUCTS>(q, d, item->row, item->head);
     for (int split = (int)blockIdx.x; split < n_splits; split += (int)gridDim.x) {
         struct gathered<HALVES, PRODUCTS> g;
         item->split = split, item->at = item->row * a.most_pieces + split;
         item->first = split * tokens;
         item->end = length - item->first < tokens ? length : item->first + tokens;
+        uint4 q[PRODUCTS][CHUNKS]; /* anew for each piece: the end of one wants the registers */
+        load_queries<T, CHUNKS, PRODUCTS>(q, d, item->row, item->head);
         begin_gathering<HALVES, PRODUCTS>(&g);
         gather_listed<T, CHUNKS, EXACT, PRODUCTS>(&g, a, listed, q);
         finish_item<T, HALVES, PRODUCTS>(d, (struct block_part *)shared, &g, *item, [] {});
