@@ -41,14 +41,16 @@ int quest_pages(const struct quest_options *options, struct kv_budget budget, in
     return pages > options->min_pages ? pages : options->min_pages;
 }
 
+/* Of a follow-up only the bounds of its pages are new: how many are read stays as the first prompt's budget had it. */
 static int quest_begin_decode(struct policy *policy, const struct policy_sequence *sequence)
 {
     const struct quest *s = policy->state;
     const struct kv_view *kv = policy->env.kv;
-    int32_t limit =
-        quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, policy->env.kv->page_size);
-    TRY(ops_upload(policy->env.ops, s->limit + sequence->slot, &limit, sizeof limit));
-    if (!limit) return OK;
+    if (!sequence->continues) {
+        int32_t limit = quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, kv->page_size);
+        TRY(ops_upload(policy->env.ops, s->limit + sequence->slot, &limit, sizeof limit));
+        if (!limit) return OK;
+    }
     return ops_page_bounds(policy->env.ops, s->pick.bounds, kv, sequence->slot, 0, kv->lanes_per_slot);
 }
 
