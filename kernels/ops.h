@@ -78,6 +78,7 @@ struct attention_probe {
     const float *row_weight; /* [n_rows] device; NULL: all ones */
     float threshold;   /* p: an entry counts if A >= p * its row's maximum, in logits s >= max + ln p; 0: no count */
     float *column_sum; /* [n_kv_heads, first_position + n_rows]: sum over rows and the group's heads of weight * A */
+    bool per_head;     /* column_sum is [n_heads, ...], each query head's own */
     int64_t *kept;     /* [n_heads] entries at or above the threshold; NULL: not wanted */
 };
 
@@ -114,6 +115,14 @@ struct page_pick {
     int32_t *entry;       /* [n_rows * n_kv_heads, stride] out: a kv_list */
     int32_t *count;       /* [n_rows * n_kv_heads] out */
     int stride;
+};
+
+/* Rows of one sequence of which some leave: see ops_select_rows. */
+struct row_choice {
+    int first_row, n_rows;  /* of the sequence, among the rows of all */
+    int first, n_competing; /* rows first .. first + n_competing - 1 of the sequence compete, the others stay */
+    int keep;               /* so many of those stay */
+    int64_t first_score;    /* place of the first one's score */
 };
 
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
@@ -240,6 +249,9 @@ struct ops_vt {
     int (*page_bounds)(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane, int n_lanes);
     int (*pick_pages)(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                       const struct attention_heads *heads, const struct page_pick *pick);
+    int (*sum_fixed)(struct ops *o, int64_t *sum, struct tensor x, double scale);
+    int (*select_rows)(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
+                       int n_choices);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
@@ -434,6 +446,15 @@ int ops_page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *k
  * the lower page wins. count -1 where that is the whole lane. Padding rows: count 0. */
 int ops_pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                    const struct attention_heads *heads, const struct page_pick *pick) MUST_CHECK;
+/* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even to
+ * a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added where.
+ * Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */
+int ops_sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale) MUST_CHECK;
+/* ops_select_rows - the rows that stay, choice after choice: index[...] = first_row + place, ascending in each. Those
+ * with the highest score [...] int64 (device) win; equal scores: the lower place. choice: host [n_choices], 0 <= keep <=
+ * n_competing. A choice writes n_rows - n_competing + keep numbers, right after those of the one before. */
+int ops_select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
+                    int n_choices) MUST_CHECK;
 /* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).

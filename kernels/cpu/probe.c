@@ -83,6 +83,7 @@ int cpu__attention_probe(struct ops *o, struct tensor q, const struct kv_view *k
     struct scratch s;
     TRY(cpu__scratch(o, &arena));
     TRY(place(c, &arena, heads->n_heads, heads->head_dim, n_keys, &s));
+    if (probe->per_head) s.column = probe->column_sum;
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1)
     for (int h = 0; h < heads->n_heads; h++) {
         const size_t thread = (size_t)omp_get_thread_num();
@@ -91,6 +92,7 @@ int cpu__attention_probe(struct ops *o, struct tensor q, const struct kv_view *k
                                   s.k + thread * KEYS * (size_t)heads->head_dim, s.column + (int64_t)h * n_keys);
         if (probe->kept) probe->kept[h] = kept;
     }
+    if (probe->per_head) return OK;
 #pragma omp parallel for num_threads(c->n_threads) if ((int64_t)heads->n_heads * n_keys > CPU_PARALLEL_WORK)
     for (int g = 0; g < heads->n_kv_heads; g++) {
         float *sum = probe->column_sum + (int64_t)g * n_keys;

@@ -161,6 +161,9 @@ int cuda__average_pool(struct ops *o, struct tensor y, struct tensor x, int widt
 int cuda__page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane, int n_lanes);
 int cuda__pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                     const struct attention_heads *heads, const struct page_pick *pick);
+int cuda__sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale);
+int cuda__select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
+                     int n_choices);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

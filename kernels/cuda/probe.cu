@@ -30,6 +30,7 @@ struct probe_arguments {
     const void *q;
     int64_t q_stride;
     int lane, group;
+    int heads_a_lane;           /* blocks' heads that share a lane: 1, or with per_head a group's */
     int n_rows, first_position; /* of this pass */
     int n_listed;               /* rows of the list: group * n_rows */
     int n_keys, n_tiles;        /* that this pass sees */
@@ -172,7 +173,7 @@ __global__ static void __launch_bounds__(PROBE_THREADS, PROBE_BLOCKS) probe_rows
     const int first_key = ((int)blockIdx.x * a.key_groups + key_group) * KEYS_A_WARP;
     uint4 k[4][CHUNKS];
     load_stage<T, CHUNKS>(stage[0], a, kv_head, 0);
-    load_probe_keys<CHUNKS>(k, a, a.lane + kv_head, first_key);
+    load_probe_keys<CHUNKS>(k, a, a.lane + kv_head / a.heads_a_lane, first_key);
     int at = 0;
     for (int first = 0; first < a.n_listed; first += STAGE_ROWS, at ^= 1) {
         copies_end();
@@ -287,7 +288,7 @@ __global__ static void __launch_bounds__(PROBE_THREADS, PROBE_BLOCKS) probe_colu
     uint4 k[4][CHUNKS];
     let_successor_start();
     load_stage<T, CHUNKS>(stage[0], a, kv_head, 0);
-    load_probe_keys<CHUNKS>(k, a, a.lane + kv_head, first_key);
+    load_probe_keys<CHUNKS>(k, a, a.lane + kv_head / a.heads_a_lane, first_key);
     if ((int)threadIdx.x < MOST_GROUP) kept[threadIdx.x] = 0;
     wait_for_predecessor();
     for (int first = 0; first < a.n_listed; first += STAGE_ROWS, at ^= 1) {
@@ -385,7 +386,8 @@ static int launch_probe_for_dim(struct ops *o, const struct probe_arguments &a, 
 static int zero_results(struct ops *o, const struct attention_heads *heads, const struct attention_probe *probe)
 {
     const size_t keys = (size_t)(probe->first_position + probe->n_rows);
-    TRY(ops_zero(o, probe->column_sum, (size_t)heads->n_kv_heads * keys * sizeof(float)));
+    const int rows = probe->per_head ? heads->n_heads : heads->n_kv_heads;
+    TRY(ops_zero(o, probe->column_sum, (size_t)rows * keys * sizeof(float)));
     return probe->kept ? ops_zero(o, probe->kept, (size_t)heads->n_heads * sizeof *probe->kept) : OK;
 }
 
@@ -404,10 +406,13 @@ int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *
     a.kv = *kv;
     a.q_stride = q.stride[0];
     a.lane = probe->slot * kv->lanes_per_slot + heads->lane;
-    a.group = group;
+    /* Columns of each head: every query head is a group of its own, which reads its KV head's lane. */
+    const int n_groups = probe->per_head ? heads->n_heads : heads->n_kv_heads;
+    a.group = probe->per_head ? 1 : group;
+    a.heads_a_lane = probe->per_head ? group : 1;
     a.total_keys = probe->first_position + probe->n_rows;
     a.key_groups = choose_key_groups(
-        heads->n_kv_heads, group * (probe->n_rows < ROWS_AT_ONCE ? probe->n_rows : ROWS_AT_ONCE), a.total_keys);
+        n_groups, a.group * (probe->n_rows < ROWS_AT_ONCE ? probe->n_rows : ROWS_AT_ONCE), a.total_keys);
     a.scale = heads->scale * 1.44269504088896f;
     a.cut = probe->threshold > 0 ? log2f(probe->threshold) : INFINITY;
     a.column_sum = probe->column_sum;
@@ -417,13 +422,13 @@ int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *
     for (int first = 0; first < probe->n_rows; first += ROWS_AT_ONCE) {
         a.q = (const char *)q.data + first * q.stride[0] * 2;
         a.n_rows = probe->n_rows - first < ROWS_AT_ONCE ? probe->n_rows - first : ROWS_AT_ONCE;
-        a.n_listed = group * a.n_rows;
+        a.n_listed = a.group * a.n_rows;
         a.first_position = probe->first_position + first;
         a.n_keys = a.first_position + a.n_rows;
         a.n_tiles = tiles_of(a.n_keys, a.key_groups);
         a.row_weight = probe->row_weight ? probe->row_weight + first : NULL;
         a.first_pass = first == 0;
-        WITH_TYPE(q.dtype, T, TRY(launch_probe_for_dim<T>(o, a, (unsigned)heads->n_kv_heads)));
+        WITH_TYPE(q.dtype, T, TRY(launch_probe_for_dim<T>(o, a, (unsigned)n_groups)));
     }
     return OK;
 }
