@@ -18,8 +18,8 @@ static int check_choice(const struct row_choice *c, int i)
 {
     if (c->first_row < 0 || c->n_rows < 0 || c->first < 0 || c->n_competing < 0 || c->first > c->n_rows ||
         c->n_competing > c->n_rows - c->first || c->first_score < 0)
-        FAIL(ERR_ARG, "ops_select_rows: choice %d: rows %d .. %d of %d from %d on compete, scores from %lld", i, c->first,
-             c->first + c->n_competing, c->n_rows, c->first_row, (long long)c->first_score);
+        FAIL(ERR_ARG, "ops_select_rows: choice %d: rows %d .. %d of %d from %d on compete, scores from %lld", i,
+             c->first, c->first + c->n_competing, c->n_rows, c->first_row, (long long)c->first_score);
     if (c->keep < 0 || c->keep > c->n_competing)
         FAIL(ERR_ARG, "ops_select_rows: choice %d keeps %d of %d rows", i, c->keep, c->n_competing);
     return OK;

@@ -56,6 +56,20 @@ struct pyramid_kv_options {
     int window, kernel; /* as SnapKV's */
     double beta;        /* the last layer's part of the mean budget is 1 / beta, 20 */
 };
+enum pyramid_infer_judges { PYRAMID_INFER_RECENT, PYRAMID_INFER_TEXT };
+/* Options of PyramidInfer (arXiv 2405.12532), in the names of its code: ALGORITHMS.md section 2. */
+struct pyramid_infer_options {
+    int target_ratio; /* nonzero: recent_ratio and ratio are found for the budget, as a mean over layers */
+    double recent_ratio,
+        ratio;            /* rho: share of the prompt that is recent; r: decay of the context, at the last layer */
+    int interval;         /* every so many layers rows leave */
+    int min_context;      /* a context is not made smaller than this */
+    int sinks;            /* first tokens of the context that stay */
+    double recent_weight; /* weight of the newest judging row; the oldest one's is 1 */
+    int judges;           /* enum pyramid_infer_judges: the recent rows, or those after the last image */
+    double generation_decay, generation_compress;
+    int generation_block; /* generated tokens that are judged at a time, 16; 0: all of them stay */
+};
 struct streaming_llm_options {
     int sinks; /* first tokens that stay, 4 */
 };
@@ -81,6 +95,9 @@ struct policy_config {
     struct streaming_llm_options streaming_llm;
     struct h2o_options h2o;
     struct quest_options quest;
+};
+
+    struct pyramid_infer_options pyramid_infer;
 };
 
 /* This rank's share of one layer. */
@@ -129,6 +146,7 @@ struct policy_narrow {
     int layer; /* the one that just ended */
     int n_seqs;
     const struct policy_sequence *sequence; /* [n_seqs] */
+    const bool *ends;                       /* [n_seqs] those whose prompt ends in this step: only they may lose rows */
     const int32_t *cu_seqlens;              /* [n_seqs + 1] host: rows of each */
     int32_t *new_cu_seqlens;                /* [n_seqs + 1] host, out: rows that stay; all: nothing happens */
     int32_t *row_index;                     /* [rows] device, out: the ascending rows that stay, where some leave */
@@ -214,5 +232,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
     policy_random, policy_h2o, policy_quest;
+    policy_random, policy_pyramid_infer;
 
 #endif

@@ -26,8 +26,9 @@ struct model {
     struct tensor logits, logits_local, logits_gathered;
     /* integers of a step, device */
     int32_t *ids, *position, *slot, *cu_seqlens, *row_index;
-    int32_t *host_index; /* [T] scratch for indices on their way up */
-    int32_t *host_slot;  /* [S] the same for slots */
+    int32_t *host_index;      /* [T] scratch for indices on their way up */
+    int32_t *host_slot;       /* [S] the same for slots */
+    int32_t *host_cu_seqlens; /* [2, S + 1] rows of a step's prompts before and after some leave */
     int n_rows;
     void (*watch)(void *arg, struct tensor logits);
     void *watch_arg;
@@ -61,7 +62,8 @@ int model_open(const struct model_dims *dims, const struct model_options *option
     TRY(open_layers(m));
     m->host_index = calloc((size_t)m->n_rows, sizeof *m->host_index);
     m->host_slot = calloc((size_t)options->max_seqs, sizeof *m->host_slot);
-    if (!m->host_index || !m->host_slot) FAIL(ERR_NOMEM, "model: out of memory");
+    m->host_cu_seqlens = calloc(2 * ((size_t)options->max_seqs + 1), sizeof *m->host_cu_seqlens);
+    if (!m->host_index || !m->host_slot || !m->host_cu_seqlens) FAIL(ERR_NOMEM, "model: out of memory");
     m->vision =
         (struct vision){.dims = &m->dims, .weights = &m->weights, .tp = &m->tp, .max_images = options->max_images};
     memcpy(m->vision.scale, options->pixel_scale, sizeof m->vision.scale);
@@ -77,6 +79,7 @@ void model_close(struct model *m)
     free(m->layers);
     free(m->host_index);
     free(m->host_slot);
+    free(m->host_cu_seqlens);
     free(m);
 }
 
@@ -296,11 +299,86 @@ static int observe_layer(const struct prefill *in, struct policy *policy, int la
     for (int i = 0; i < in->n_seqs; i++) {
         if (!in->ends[i] || !compresses(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
         int rows = policy_judging_rows(policy, &in->sequence[i]), end = in->cu_seqlens[i + 1];
+static int rows_of(const struct prefill *in, int i) { return in->cu_seqlens[i + 1] - in->cu_seqlens[i]; }
+
+/* The policy looks at the newest rows of each prompt that ends here; `now`: what is left of `in`. */
+static int observe_layer(const struct prefill *in, const struct prefill *now, struct policy *policy, int layer,
+                         struct tensor q)
+{
+    for (int i = 0; i < in->n_seqs; i++) {
+        if (!in->ends[i] || !policy_runs(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
+        int rows = policy_judging_rows(policy, &in->sequence[i]), end = now->cu_seqlens[i + 1];
+        int left = rows_of(in, i) - rows_of(now, i);
         struct policy_prefill seen = {.layer = layer,
                                       .q = tensor_rows(q, end - rows, rows),
-                                      .first_position = in->sequence[i].prompt_tokens - rows};
+                                      .first_position = in->sequence[i].prompt_tokens - left - rows};
         TRY(policy->vt->prefill_layer(policy, &in->sequence[i], &seen));
     }
+    return OK;
+}
+
+/* ---- rows that leave ----
+ * What is gathered goes into room that nothing is in at the end of a layer (partial for rows, ids for positions), which
+ * then changes places with what it came from, until the step is over. */
+
+struct places {
+    struct tensor x, h, partial;
+    int32_t *ids, *position;
+};
+
+static struct places places_of(const struct model *m)
+{
+    return (struct places){m->x, m->h, m->partial, m->ids, m->position};
+}
+
+/* A captured decode step knows the places by their addresses. */
+static void restore_places(struct model *m, const struct places *places)
+{
+    m->x = places->x, m->h = places->h, m->partial = places->partial;
+    m->ids = places->ids, m->position = places->position;
+}
+
+static int gather(struct model *m, struct tensor *rows, int n, int n_left)
+{
+    struct tensor room = m->partial;
+    TRY(ops_gather_rows(m->ops, tensor_rows(room, 0, n_left), tensor_rows(*rows, 0, n), m->row_index));
+    m->partial = *rows;
+    *rows = room;
+    return OK;
+}
+
+static int gather_positions(struct model *m, int n, int n_left)
+{
+    int32_t *room = m->ids;
+    TRY(ops_gather_rows(m->ops, tensor_2d(room, DTYPE_I32, n_left, 1), tensor_2d(m->position, DTYPE_I32, n, 1),
+                        m->row_index));
+    m->ids = m->position;
+    m->position = room;
+    return OK;
+}
+
+/* After a layer: lets the rows leave that the policy does without, in `now` and in the batch. */
+static int narrow(struct model *m, struct policy *policy, int layer, struct prefill *now, struct seq_batch *batch)
+{
+    int n = now->n_tokens, seqs = now->n_seqs;
+    int32_t *left = m->host_cu_seqlens;
+    if (!policy->vt->narrow || layer + 1 == m->dims.n_layers) return OK;
+    if (now->cu_seqlens == left) left += m->options.max_seqs + 1;
+    struct policy_narrow in = {.layer = layer,
+                               .n_seqs = seqs,
+                               .sequence = now->sequence,
+                               .ends = now->ends,
+                               .cu_seqlens = now->cu_seqlens,
+                               .new_cu_seqlens = left,
+                               .row_index = m->row_index};
+    TRY(policy->vt->narrow(policy, &in));
+    if (left[seqs] == n) return OK;
+    TRY(gather(m, &m->x, n, left[seqs]));
+    TRY(gather(m, &m->h, n, left[seqs]));
+    TRY(gather_positions(m, n, left[seqs]));
+    TRY(ops_upload(m->ops, m->cu_seqlens, left, ((size_t)seqs + 1) * sizeof *left));
+    now->cu_seqlens = batch->host_cu_seqlens = left;
+    now->n_tokens = batch->n_tokens = left[seqs];
     return OK;
 }
 
@@ -349,8 +427,9 @@ static int upload_prefill(struct model *m, const struct prefill *in)
     return ops_upload(m->ops, m->cu_seqlens, in->cu_seqlens, seqs + sizeof(int32_t));
 }
 
-int model_prefill(struct model *m, const struct prefill *in, const struct kv_view *kv, struct policy *policy,
-                  const struct sampling_state *sampling)
+/* All layers over the step's rows; `now`: those that are left at the end. */
+static int prefill_layers(struct model *m, const struct prefill *in, const struct kv_view *kv, struct policy *policy,
+                          struct prefill *now)
 {
     struct seq_batch batch = {.n_seqs = in->n_seqs,
                               .n_tokens = in->n_tokens,
@@ -358,6 +437,22 @@ int model_prefill(struct model *m, const struct prefill *in, const struct kv_vie
                               .cu_seqlens = m->cu_seqlens,
                               .host_slot = in->slot,
                               .host_cu_seqlens = in->cu_seqlens};
+    for (int l = 0; l < m->dims.n_layers; l++) {
+        const struct decoder_layer *w = &m->weights.layers[l];
+        struct attention_views a = attention_views(m, &w->heads, now->n_tokens);
+        TRY(project_and_append(m, w, &a, &batch, kv));
+        TRY(ops_attention_prefill(m->ops, a.out, a.q, a.k, a.v, &batch, kv, &w->heads));
+        TRY(observe_layer(in, now, policy, l, a.q));
+        TRY(finish_layer(m, w, &a, next_norm(m, l)));
+        TRY(narrow(m, policy, l, now, &batch));
+    }
+    return OK;
+}
+
+int model_prefill(struct model *m, const struct prefill *in, const struct kv_view *kv, struct policy *policy,
+                  const struct sampling_state *sampling)
+{
+    struct prefill now = *in;
     if (in->n_tokens > m->n_rows || in->n_seqs > m->options.max_seqs || in->n_images > m->options.max_images)
         FAIL(ERR_BUG, "prefill of %d tokens, %d sequences, %d images; opened for %d, %d, %d", in->n_tokens, in->n_seqs,
              in->n_images, m->n_rows, m->options.max_seqs, m->options.max_images);
@@ -365,15 +460,11 @@ int model_prefill(struct model *m, const struct prefill *in, const struct kv_vie
     TRY(tp_embed(&m->tp, tensor_rows(m->x, 0, in->n_tokens), &m->weights, m->ids));
     TRY(insert_images(m, in));
     TRY(first_norm(m, in->n_tokens));
-    for (int l = 0; l < m->dims.n_layers; l++) {
-        const struct decoder_layer *w = &m->weights.layers[l];
-        struct attention_views a = attention_views(m, &w->heads, in->n_tokens);
-        TRY(project_and_append(m, w, &a, &batch, kv));
-        TRY(ops_attention_prefill(m->ops, a.out, a.q, a.k, a.v, &batch, kv, &w->heads));
-        TRY(observe_layer(in, policy, l, a.q));
-        TRY(finish_layer(m, w, &a, next_norm(m, l)));
-    }
-    return end_prompts(m, in, kv, policy, sampling);
+    const struct places places = places_of(m);
+    int rc = prefill_layers(m, in, kv, policy, &now);
+    if (!rc) rc = end_prompts(m, &now, kv, policy, sampling);
+    restore_places(m, &places);
+    return rc;
 }
 
 /* ---- decode ---- */

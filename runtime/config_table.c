@@ -15,6 +15,8 @@ static const char *const load_names[] = {"auto", "dummy", NULL};
 static const char *const chat_names[] = {"auto", "llava-1.5", "llama-2", "llama-3", "llama-3.1", "chatml", NULL};
 static const char *const log_names[] = {"error", "warning", "info", "debug", NULL};
 static const char *const rounding_names[] = {"floor", "largest_remainder", "water_filled", NULL};
+static const char *const judges_names[] = {"recent", "text", NULL};
+static const char *const switch_names[] = {"off", "on", NULL};
 static const char *const window_of_names[] = {"layer", "prompt", NULL};
 
 #define ROW(key, kind, member, text, ...)                                                                              \
@@ -32,6 +34,7 @@ static const char *const window_of_names[] = {"layer", "prompt", NULL};
     ROW(key, kind, member, "auto", .min = (low), .max = (high), .automatic = true, .help = (h))
 #define VL(name) "kv_cache.vl_cache." name
 #define SNAPKV(name) "kv_cache.snapkv." name
+#define PYRAMID_INFER(name) "kv_cache.pyramid_infer." name
 #define PYRAMID_KV(name) "kv_cache.pyramid_kv." name
 
 #define MAX_BYTES 0x1p50
@@ -98,6 +101,28 @@ static const struct config_key table[] = {
            "pages that a KV head reads at least in a decode step"),
     NUMBER("kv_cache.quest.full_layers", CONFIG_INT, kv_cache.quest.full_layers, "2", 0, 1 << 20,
            "first layers that read the whole cache in every step"),
+    CHOICE(PYRAMID_INFER("target_ratio"), kv_cache.pyramid_infer.target_ratio, "on", switch_names, 0,
+           "on: recent_ratio and ratio are found for the budget, as the mean over the layers; off: they are as given"),
+    NUMBER(PYRAMID_INFER("recent_ratio"), CONFIG_DOUBLE, kv_cache.pyramid_infer.recent_ratio, "0.2", 0, 1,
+           "newest rows that judge and stay, as a share of the prompt; the paper's rho"),
+    NUMBER(PYRAMID_INFER("ratio"), CONFIG_DOUBLE, kv_cache.pyramid_infer.ratio, "0.8", 0, 1,
+           "share of the context that stays after a layer, at the last one; 1 at the first"),
+    NUMBER(PYRAMID_INFER("interval"), CONFIG_INT, kv_cache.pyramid_infer.interval, "2", 1, 1024,
+           "tokens leave after every so many layers"),
+    NUMBER(PYRAMID_INFER("min_context"), CONFIG_INT, kv_cache.pyramid_infer.min_context, "64", 0, 1 << 20,
+           "a context that would fall to so many tokens or below stays as it is"),
+    NUMBER(PYRAMID_INFER("sinks"), CONFIG_INT, kv_cache.pyramid_infer.sinks, "4", 0, 1 << 20,
+           "first tokens of a prompt that stay"),
+    NUMBER(PYRAMID_INFER("recent_weight"), CONFIG_DOUBLE, kv_cache.pyramid_infer.recent_weight, "1.2", 0, 1000,
+           "weight of the newest judging row; the oldest one's is 1"),
+    CHOICE(PYRAMID_INFER("judges"), kv_cache.pyramid_infer.judges, "recent", judges_names, 0,
+           "rows that judge and stay: the recent share, or the text after the last image as VL-Cache has it"),
+    NUMBER(PYRAMID_INFER("generation_decay"), CONFIG_DOUBLE, kv_cache.pyramid_infer.generation_decay, "0.1", 0, 1,
+           "generated tokens: share of a block that stays at the last layer, before generation_compress"),
+    NUMBER(PYRAMID_INFER("generation_compress"), CONFIG_DOUBLE, kv_cache.pyramid_infer.generation_compress, "0.9", 0, 1,
+           "generated tokens: what that share is multiplied by in every layer"),
+    NUMBER(PYRAMID_INFER("generation_block"), CONFIG_INT, kv_cache.pyramid_infer.generation_block, "16", 0, 1024,
+           "generated tokens that are judged at a time; 0: all of them stay"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,

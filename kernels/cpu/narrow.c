@@ -64,8 +64,8 @@ int cpu__select_rows(struct ops *o, int32_t *index, const int64_t *score, const 
         const struct row_choice *c = &choice[i];
         struct row_choice all = *c;
         all.n_competing = all.keep = 0;
-        index = c->keep == c->n_competing ? choose_rows(index, NULL, &all)
-                                          : choose_rows(index, score + c->first_score, c);
+        index =
+            c->keep == c->n_competing ? choose_rows(index, NULL, &all) : choose_rows(index, score + c->first_score, c);
     }
     return OK;
 }

@@ -411,8 +411,8 @@ int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *
     a.group = probe->per_head ? 1 : group;
     a.heads_a_lane = probe->per_head ? group : 1;
     a.total_keys = probe->first_position + probe->n_rows;
-    a.key_groups = choose_key_groups(
-        n_groups, a.group * (probe->n_rows < ROWS_AT_ONCE ? probe->n_rows : ROWS_AT_ONCE), a.total_keys);
+    a.key_groups = choose_key_groups(n_groups, a.group * (probe->n_rows < ROWS_AT_ONCE ? probe->n_rows : ROWS_AT_ONCE),
+                                     a.total_keys);
     a.scale = heads->scale * 1.44269504088896f;
     a.cut = probe->threshold > 0 ? log2f(probe->threshold) : INFINITY;
     a.column_sum = probe->column_sum;
