@@ -125,6 +125,27 @@ struct row_choice {
     int64_t first_score;    /* place of the first one's score */
 };
 
+/* Generated tokens that later rows judge, block by block: see ops_judge_columns. Token g = 0 is the prompt's last, 1 is
+ * the first generated one; block b is the tokens b * block_tokens ... At decode step t (from 0) token t + 1 enters its
+ * lanes, and tokens from the first block on that is not yet settled stand at the lanes' end without a gap. */
+struct decode_judges {
+    const int32_t *progress; /* [n_slots, 2] device: the step t, < 0: nothing is judged; the first block not settled */
+    const int32_t *block;    /* [n_slots, max_blocks, 2] device: the step that settles a block, the rows that judge it,
+                                which are those of the newest steps up to that one */
+    int max_blocks, block_tokens, ring_blocks;
+    float newest; /* weight of the row of the settling step; the oldest of a block's rows weighs 1 */
+    int64_t *sum; /* of slot s, block b, in its place: sum[s * slot_stride + b % ring_blocks * block_stride + place] */
+    int64_t slot_stride, block_stride;
+};
+
+/* Entries that leave the middle of a layer's lanes: see ops_kv_drop. */
+struct kv_drop {
+    int lane, n_lanes;  /* within the slot */
+    int first, n_block; /* entries first .. first + n_block - 1: */
+    int n_keep;         /* so many of them stay, */
+    int first_index;    /* those that index[first_index ...] names, counted from `first`, ascending */
+};
+
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 /* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
@@ -225,6 +246,8 @@ struct ops_vt {
                                    const struct kv_list *list);
     int (*attention_probe)(struct ops *o, struct tensor q, const struct kv_view *kv,
                            const struct attention_heads *heads, const struct attention_probe *probe);
+    int (*judge_columns)(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                         const struct attention_heads *heads, const struct decode_judges *judges);
     /* cache */
     int (*kv_reset)(struct ops *o, const struct kv_view *kv);
     int (*kv_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
@@ -234,6 +257,8 @@ struct ops_vt {
                        float scale, const struct seq_batch *batch);
     int (*kv_pack)(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                    int keep_stride, const int32_t *n_keep);
+    int (*kv_drop)(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                   int n_drops);
     int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
     /* selection and sampling */
     int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
@@ -392,6 +417,13 @@ int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor 
 int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
                         const struct attention_probe *probe) MUST_CHECK;
 
+/* ops_judge_columns - a decode step's rows as judges of generated tokens, after attention_decode: adds to the sum of
+ * every token of an unsettled block the row's attention to it, times the row's weight over the number of the block's
+ * rows, each query head's product rounded half to even to an integer of 2^-40. The newest token's sum is set to 0
+ * instead. Rows outside of a block's rows add nothing to it. Attention is the softmax over the whole lane. */
+int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                      const struct attention_heads *heads, const struct decode_judges *judges) MUST_CHECK;
+
 /* ops_kv_reset - all pages free, all lanes empty. */
 int ops_kv_reset(struct ops *o, const struct kv_view *kv) MUST_CHECK;
 /* ops_kv_append - k, v [n, n_kv_heads, head_dim] rows go to the end of their sequences' lanes; pages are popped as
@@ -407,6 +439,10 @@ int ops_rope_append(struct ops *o, const struct kv_view *kv, const struct attent
  * n_keep[i]) (ascending, device; n_keep host) moved left inside the lane's own pages; pages beyond are pushed back. */
 int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                 int keep_stride, const int32_t *n_keep) MUST_CHECK;
+/* ops_kv_drop - drops entries from the middle of lanes of a slot; what stands behind them moves left inside the lane's
+ * own pages, pages beyond are pushed back. index: device; drop: host [n_drops], no lane in two of them. */
+int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                int n_drops) MUST_CHECK;
 /* ops_kv_release - empties all lanes of a slot and pushes their pages. */
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 

@@ -38,3 +38,42 @@ int ops_select_rows(struct ops *o, int32_t *index, const int64_t *score, const s
     if (reads) POINTER(score);
     return o->vt->select_rows(o, index, score, choice, n_choices);
 }
+
+int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                      const struct attention_heads *heads, const struct decode_judges *judges)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    TRY(ops_check__heads(__func__, kv, heads));
+    TRY(ops_check__batch(__func__, kv, batch, true));
+    TENSOR(q, 1u << o->dtype, 3, batch->n_seqs, heads->n_heads, heads->head_dim);
+    POINTER(judges);
+    POINTER(judges->progress);
+    POINTER(judges->block);
+    POINTER(judges->sum);
+    if (judges->max_blocks < 1 || judges->block_tokens < 1 || judges->ring_blocks < 1 ||
+        judges->block_stride < judges->block_tokens || judges->slot_stride < judges->block_stride * judges->ring_blocks)
+        FAIL(ERR_ARG, "ops_judge_columns: %d blocks of %d tokens in rings of %d, strides %lld and %lld",
+             judges->max_blocks, judges->block_tokens, judges->ring_blocks, (long long)judges->block_stride,
+             (long long)judges->slot_stride);
+    return batch->n_seqs && heads->n_heads ? o->vt->judge_columns(o, q, batch, kv, heads, judges) : OK;
+}
+
+int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                int n_drops)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    if (slot < 0 || slot >= kv->n_slots) FAIL(ERR_ARG, "ops_kv_drop: slot is %d, the cache has %d", slot, kv->n_slots);
+    if (n_drops <= 0) return OK;
+    POINTER(index);
+    POINTER(drop);
+    for (int i = 0; i < n_drops; i++) {
+        const struct kv_drop *d = &drop[i];
+        if (d->lane < 0 || d->n_lanes < 0 || d->n_lanes > kv->lanes_per_slot - d->lane)
+            FAIL(ERR_ARG, "ops_kv_drop: drop %d has lanes %d .. %d of %d", i, d->lane, d->lane + d->n_lanes,
+                 kv->lanes_per_slot);
+        if (d->first < 0 || d->n_keep < 0 || d->n_keep > d->n_block || d->first_index < 0)
+            FAIL(ERR_ARG, "ops_kv_drop: drop %d keeps %d of %d entries from %d on, listed from %d on", i, d->n_keep,
+                 d->n_block, d->first, d->first_index);
+    }
+    return o->vt->kv_drop(o, kv, slot, index, drop, n_drops);
+}

@@ -80,3 +80,18 @@ int pyramid_infer_block_keep(double layer_decay, int block, double compress, dou
     int keep = floor_guarded(block * compress * pyramid_infer_ratio(layer_decay, decay));
     return keep < 1 ? 1 : keep > block ? block : keep;
 }
+
+void pyramid_infer_blocks(const struct pyramid_generation *generation, int steps, int max_blocks, int32_t *settled)
+{
+    int length = generation->tokens, base = length, rows = generation->window, n = 0;
+    for (int b = 0; b < max_blocks; b++) settled[2 * b] = INT32_MAX, settled[2 * b + 1] = 1;
+    for (int t = 0; t < steps && n < max_blocks; t++) {
+        const int recent = floor_guarded(generation->rho * ++length);
+        rows = least(rows + 1, recent + 1);
+        if (length - recent - base < generation->block) continue;
+        settled[2 * n] = t;
+        settled[2 * n++ + 1] = rows;
+        length -= generation->block - generation->first_keep;
+        base = length - recent;
+    }
+}

@@ -45,4 +45,20 @@ void pyramid_infer_row_weights(int n, double newest, float *weight);
  */
 int pyramid_infer_block_keep(double layer_decay, int block, double compress, double decay);
 
+/* When blocks of generated tokens are judged. Block b is the tokens b * block .. of those from the prompt's last token
+ * on; it is settled at decode step settled[2b] (from 0) by the rows of the newest settled[2b + 1] steps. The recent
+ * rows are floor(rho * length of layer 0) + 1 at every step, and a block is judged as soon as so many stand behind it.
+ * This is the same in all layers, for what a layer's length has lost its prompt's length lacks too. */
+struct pyramid_generation {
+    int tokens; /* of the prompt */
+    int block;
+    int first_keep; /* what stays of a block in layer 0 */
+    int window;     /* of the prompt */
+    double rho;
+};
+
+/* pyramid_infer_blocks - of `steps` decode steps, into settled [2 * max_blocks]; blocks that are not settled by then,
+ * and room behind them: INT32_MAX steps, 1 row. */
+void pyramid_infer_blocks(const struct pyramid_generation *generation, int steps, int max_blocks, int32_t *settled);
+
 #endif

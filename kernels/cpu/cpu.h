@@ -33,6 +33,7 @@ int cpu__linear_measure(const struct cpu *c, const struct ops_limits *limits, st
 int cpu__attention_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__probe_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cpu__judge_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__sample_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
 /* memory.c */
@@ -77,6 +78,10 @@ int cpu__kv_append(struct ops *o, const struct kv_view *kv, const struct attenti
                    struct tensor v, const struct seq_batch *batch);
 int cpu__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                  int keep_stride, const int32_t *n_keep);
+int cpu__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                       const struct attention_heads *heads, const struct decode_judges *judges);
+int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                 int n_drops);
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                     const int *window);

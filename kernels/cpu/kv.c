@@ -111,3 +111,37 @@ int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot)
     for (int i = 0; i < kv->lanes_per_slot; i++) shrink_lane(kv, slot * kv->lanes_per_slot + i, 0);
     return OK;
 }
+
+static int check_drop(const struct kv_view *kv, int lane, const int32_t *index, const struct kv_drop *d)
+{
+    if (d->n_block > kv->lane_len[lane] - d->first)
+        FAIL(ERR_ARG, "ops_kv_drop: entries %d .. %d of a lane of %d", d->first, d->first + d->n_block,
+             kv->lane_len[lane]);
+    for (int j = 0; j < d->n_keep; j++)
+        if (index[j] < (j ? index[j - 1] + 1 : 0) || index[j] >= d->n_block)
+            FAIL(ERR_ARG, "ops_kv_drop: index[%d] is %d, expected ascending entries below %d", j, index[j], d->n_block);
+    return OK;
+}
+
+int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                 int n_drops)
+{
+    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
+    (void)o;
+    for (int i = 0; i < n_drops; i++) {
+        const struct kv_drop *d = &drop[i];
+        for (int h = 0; h < d->n_lanes; h++) {
+            const int lane = slot * kv->lanes_per_slot + d->lane + h;
+            TRY(check_drop(kv, lane, index + d->first_index, d));
+            const int n = kv->lane_len[lane] - d->first - d->n_block + d->n_keep;
+            for (int j = 0; j < n; j++) { /* from >= j, so nothing unread is overwritten */
+                const int from = j < d->n_keep ? index[d->first_index + j] : j - d->n_keep + d->n_block;
+                if (from == j) continue;
+                memcpy(lane__key(kv, lane, d->first + j), lane__key(kv, lane, d->first + from), bytes);
+                memcpy(lane__value(kv, lane, d->first + j), lane__value(kv, lane, d->first + from), bytes);
+            }
+            shrink_lane(kv, lane, d->first + n);
+        }
+    }
+    return OK;
+}

@@ -47,8 +47,9 @@ static int memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes)
 
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
-    static int (*const families[])(const struct cpu *, const struct ops_limits *, struct arena *) = {
-        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure, cpu__probe_measure, cpu__sample_measure};
+    static int (*const families[])(const struct cpu *, const struct ops_limits *,
+                                   struct arena *) = {cpu__linear_measure, cpu__attention_measure, cpu__decode_measure,
+                                                      cpu__probe_measure,  cpu__sample_measure,    cpu__judge_measure};
     struct cpu *c = cpu__of(o);
     size_t most = ARENA_ALIGNMENT;
     for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {
@@ -207,10 +208,12 @@ const struct ops_vt ops_cpu = {
     .attention_decode = cpu__attention_decode,
     .attention_decode_listed = cpu__attention_decode_listed,
     .attention_probe = cpu__attention_probe,
+    .judge_columns = cpu__judge_columns,
     .kv_reset = cpu__kv_reset,
     .kv_append = cpu__kv_append,
     .rope_append = rope_append,
     .kv_pack = cpu__kv_pack,
+    .kv_drop = cpu__kv_drop,
     .kv_release = cpu__kv_release,
     .select_top = cpu__select_top,
     .split_budgets = cpu__split_budgets,

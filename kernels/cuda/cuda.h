@@ -147,6 +147,10 @@ int cuda__rope_append(struct ops *o, const struct kv_view *kv, const struct atte
                       float scale, const struct seq_batch *batch);
 int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                   int keep_stride, const int32_t *n_keep);
+int cuda__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
+                       const struct attention_heads *heads, const struct decode_judges *judges);
+int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                 int n_drops);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                      const int *window);

@@ -5,7 +5,12 @@
  * Hidden states are replicated, so all ranks must drop the same tokens: the score of a token is the sum over all query
  * heads, each head's rounded to a fixed-point integer before it is added, and the integers are summed over ranks. How
  * many tokens stay where follows from lengths and options alone (kvcache/pyramid_infer.h). Everything of the prefill
- * stays on the device's stream: the host uploads row weights once a prompt and launches. */
+ * stays on the device's stream: the host uploads row weights once a prompt and launches.
+ *
+ * Generated tokens are thinned in blocks, as the authors' first code does it: once a block lies behind the recent rows,
+ * these judge it, and the worst of it leave, in each layer others. When which block is judged by which rows follows
+ * from lengths too, so each decode step adds its attention to the sums of the tokens that it is going to judge, and no
+ * row is ever stored. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -24,6 +29,18 @@ struct plan {
 };
 enum { PLANS = 64 };
 
+/* Generated tokens on their way out; see struct decode_judges. */
+struct thinning {
+    struct decode_judges judges; /* of layer 0; the next one's sums stand a block further */
+    int32_t *progress, *block;   /* what the judges point to, on the device ... */
+    int64_t *sum;
+    int32_t *host_progress, *host_block; /* ... and here */
+    int32_t *index;                      /* [n_layers, block] entries of a block that stay, device */
+    int *length;                         /* [n_slots, n_layers] tokens in a lane */
+    int *keep;                           /* [n_layers] tokens of a block that stay */
+    struct kv_drop *drop;                /* [n_layers] */
+};
+
 struct pyramid_infer {
     double *decay; /* [n_layers] */
     struct plan plan[PLANS];
@@ -34,8 +51,44 @@ struct pyramid_infer {
     float *host_weight;        /* [max_context] */
     int64_t *score;            /* [max_prompt_tokens] of a layer's contexts, one after the other, device */
     int64_t n_scores;          /* how many of them are there, since the last narrowing */
-    struct row_choice *choice; /* [n_slots] */
+    struct row_choice *choice; /* [n_slots], at least n_layers */
+    struct thinning thinning;
 };
+
+static int open_thinning(struct policy *policy, struct thinning *t, struct arena *arena)
+{
+    const struct policy_env *env = &policy->env;
+    const struct pyramid_infer_options *options = &policy->config.pyramid_infer;
+    const int layers = env->n_layers, block = options->generation_block;
+    const double rho = options->target_ratio && options->recent_ratio < 0.2 ? 0.2 : options->recent_ratio;
+    const size_t slots = (size_t)env->kv->n_slots;
+    struct decode_judges *j = &t->judges;
+    if (!block) return OK;
+    j->block_tokens = block;
+    j->newest = (float)options->recent_weight;
+    j->max_blocks = env->max_context / block + 2;
+    j->ring_blocks = (int)(rho * env->max_context) / block + 3; /* unsettled at once: the recent rows and a block */
+    j->block_stride = (int64_t)layers * block;
+    j->slot_stride = j->block_stride * j->ring_blocks;
+    t->host_progress = calloc(2 * slots, sizeof *t->host_progress);
+    t->host_block = calloc(2 * (size_t)j->max_blocks, sizeof *t->host_block * slots);
+    t->length = calloc(slots * (size_t)layers, sizeof *t->length);
+    t->keep = calloc((size_t)layers, sizeof *t->keep);
+    t->drop = calloc((size_t)layers, sizeof *t->drop);
+    if (!t->host_progress || !t->host_block || !t->length || !t->keep || !t->drop)
+        FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
+    for (size_t i = 0; i < slots; i++) t->host_progress[2 * i] = -1;
+    for (int l = 0; l < layers; l++)
+        t->keep[l] = pyramid_infer_block_keep(((struct pyramid_infer *)policy->state)->decay[l], block,
+                                              options->generation_compress, options->generation_decay);
+    TRY(arena_take(arena, 2 * slots * sizeof(int32_t), label, &t->progress));
+    TRY(arena_take(arena, 2 * slots * (size_t)j->max_blocks * sizeof(int32_t), label, &t->block));
+    TRY(arena_take(arena, slots * (size_t)j->slot_stride * sizeof(int64_t), label, &t->sum));
+    TRY(arena_take(arena, (size_t)(layers * block) * sizeof(int32_t), label, &t->index));
+    j->progress = t->progress;
+    j->block = t->block;
+    return OK;
+}
 
 static int pyramid_open(struct policy *policy, struct arena *arena)
 {
@@ -48,7 +101,7 @@ static int pyramid_open(struct policy *policy, struct arena *arena)
     p->decay = calloc(layers, sizeof *p->decay);
     p->lengths = calloc(2 * PLANS * layers, sizeof *p->lengths);
     p->host_weight = calloc((size_t)env->max_context, sizeof *p->host_weight);
-    p->choice = calloc((size_t)env->kv->n_slots, sizeof *p->choice);
+    p->choice = calloc((size_t)env->kv->n_slots + layers, sizeof *p->choice);
     if (!p->decay || !p->lengths || !p->host_weight || !p->choice) FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
     pyramid_infer_decay(env->n_layers, p->decay);
     for (size_t i = 0; i < PLANS; i++) {
@@ -59,7 +112,8 @@ static int pyramid_open(struct policy *policy, struct arena *arena)
         if ((size_t)env->layers[l].heads.n_heads > heads) heads = (size_t)env->layers[l].heads.n_heads;
     TRY(arena_take(arena, heads * (size_t)env->max_context * sizeof *p->column, label, &p->column));
     TRY(arena_take(arena, (size_t)env->max_prompt_tokens * sizeof *p->weight, label, &p->weight));
-    return arena_take(arena, (size_t)env->max_prompt_tokens * sizeof *p->score, label, &p->score);
+    TRY(arena_take(arena, (size_t)env->max_prompt_tokens * sizeof *p->score, label, &p->score));
+    return open_thinning(policy, &p->thinning, arena);
 }
 
 static void pyramid_close(struct policy *policy)
@@ -70,6 +124,11 @@ static void pyramid_close(struct policy *policy)
     free(p->lengths);
     free(p->host_weight);
     free(p->choice);
+    free(p->thinning.host_progress);
+    free(p->thinning.host_block);
+    free(p->thinning.length);
+    free(p->thinning.keep);
+    free(p->thinning.drop);
     free(p);
 }
 
@@ -219,6 +278,94 @@ static int pyramid_prefill_end(struct policy *policy, const struct policy_sequen
     return OK;
 }
 
+/* ---- while tokens are generated ---- */
+
+static int pyramid_begin_decode(struct policy *policy, const struct policy_sequence *sequence)
+{
+    struct pyramid_infer *p = policy->state;
+    struct thinning *t = &p->thinning;
+    struct ops *ops = policy->env.ops;
+    const int slot = sequence->slot, layers = policy->env.n_layers, max_blocks = t->judges.max_blocks;
+    if (!t->judges.block_tokens) return OK;
+    int32_t *progress = t->host_progress + 2 * slot, *block = t->host_block + 2 * (size_t)slot * (size_t)max_blocks;
+    const size_t at = 2 * (size_t)slot * (size_t)max_blocks, stride = (size_t)t->judges.slot_stride;
+    progress[0] = policy_runs(policy, sequence) ? 0 : -1;
+    progress[1] = 0;
+    if (progress[0] == 0) {
+        const struct plan *plan = plan_of(policy, sequence);
+        struct pyramid_generation generation = {.tokens = sequence->prompt_tokens,
+                                                .block = t->judges.block_tokens,
+                                                .first_keep = t->keep[0],
+                                                .window = plan->window,
+                                                .rho = plan->rho};
+        for (int l = 0; l < layers; l++) t->length[slot * layers + l] = plan->stored[l];
+        pyramid_infer_blocks(&generation, policy->env.max_context, max_blocks, block);
+        TRY(ops_upload(ops, t->block + at, block, 2 * (size_t)max_blocks * sizeof *block));
+        TRY(ops_zero(ops, t->sum + (size_t)slot * stride, stride * sizeof *t->sum));
+    }
+    return ops_upload(ops, t->progress + 2 * slot, progress, 2 * sizeof *progress);
+}
+
+static int pyramid_decode_attention(struct policy *policy, const struct policy_decode *in)
+{
+    const struct pyramid_infer *p = policy->state;
+    const struct policy_layer *layer = &policy->env.layers[in->layer];
+    struct decode_judges judges = p->thinning.judges;
+    TRY(ops_attention_decode(policy->env.ops, in->out, in->q, in->batch, policy->env.kv, &layer->heads));
+    if (!judges.block_tokens || !layer->counted) return OK;
+    judges.sum = p->thinning.sum + (size_t)in->layer * (size_t)judges.block_tokens;
+    return ops_judge_columns(policy->env.ops, in->q, in->batch, policy->env.kv, &layer->heads, &judges);
+}
+
+/* The block that is settled at this step loses its worst tokens, in all layers. */
+static int thin(struct policy *policy, int slot, int step, int b)
+{
+    struct pyramid_infer *p = policy->state;
+    const struct policy_env *env = &policy->env;
+    struct thinning *t = &p->thinning;
+    const int layers = env->n_layers, block = t->judges.block_tokens;
+    int *length = t->length + (ptrdiff_t)slot * layers, n_index = 0;
+    int64_t *sum = t->sum + slot * t->judges.slot_stride + b % t->judges.ring_blocks * t->judges.block_stride;
+    TRY(policy_sum_scores(policy, sum, t->judges.block_stride));
+    for (int l = 0; l < layers; l++) {
+        const struct policy_layer *layer = &env->layers[l];
+        p->choice[l] = (struct row_choice){
+            .n_rows = block, .n_competing = block, .keep = t->keep[l], .first_score = (int64_t)l * block};
+        t->drop[l] = (struct kv_drop){.lane = layer->heads.lane,
+                                      .n_lanes = layer->heads.n_kv_heads,
+                                      .first = length[l] - 2 - step + b * block,
+                                      .n_block = block,
+                                      .n_keep = t->keep[l],
+                                      .first_index = n_index};
+        n_index += t->keep[l];
+        length[l] -= block - t->keep[l];
+    }
+    TRY(ops_select_rows(env->ops, t->index, sum, p->choice, layers));
+    return ops_kv_drop(env->ops, env->kv, slot, t->index, t->drop, layers);
+}
+
+static int pyramid_decode_end(struct policy *policy, const int32_t *slot, int n)
+{
+    struct pyramid_infer *p = policy->state;
+    struct thinning *t = &p->thinning;
+    const int layers = policy->env.n_layers;
+    bool any = false;
+    for (int i = 0; i < n && t->judges.block_tokens; i++) {
+        int32_t *progress = t->host_progress + 2 * slot[i];
+        if (progress[0] < 0) continue;
+        const int32_t *block = t->host_block + 2 * ((size_t)slot[i] * (size_t)t->judges.max_blocks);
+        for (int l = 0; l < layers; l++) t->length[slot[i] * layers + l]++;
+        if (progress[1] < t->judges.max_blocks && block[2 * progress[1]] == progress[0]) {
+            TRY(thin(policy, slot[i], progress[0], progress[1]));
+            progress[1]++;
+        }
+        progress[0]++;
+        any = true;
+    }
+    const size_t bytes = 2 * (size_t)policy->env.kv->n_slots * sizeof *t->progress;
+    return any ? ops_upload(policy->env.ops, t->progress, t->host_progress, bytes) : OK;
+}
+
 const struct policy_vt policy_pyramid_infer = {
     .name = "pyramid_infer",
     .paper = "PyramidInfer, arXiv 2405.12532",
@@ -229,4 +376,7 @@ const struct policy_vt policy_pyramid_infer = {
     .prefill_layer = pyramid_prefill_layer,
     .narrow = pyramid_narrow,
     .prefill_end = pyramid_prefill_end,
+    .begin_decode = pyramid_begin_decode,
+    .decode_attention = pyramid_decode_attention,
+    .decode_end = pyramid_decode_end,
 };

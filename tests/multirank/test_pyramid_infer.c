@@ -252,6 +252,129 @@ static void check_prefill(const cJSON *inputs, const cJSON *c)
 
 static void test_prefill(void) { each_case("pyramid_infer", "prefill", check_prefill); }
 
+/* ---- generation ---- */
+
+/* Appends the key of the token at `position` to the lanes of layer l. */
+static void append_key(struct bench *b, int l, int position, int n_keys)
+{
+    const int n = b->shards[l].kv_count;
+    int32_t slot = 0;
+    float zero[512] = {0};
+    struct tensor k = tensor_3d(fixture_take(b->f, (size_t)(n * b->d + 1) * sizeof(float)), DTYPE_F32, 1, n, b->d);
+    struct tensor v = k;
+    v.data = zero;
+    for (int h = 0; h < n; h++)
+        memcpy((float *)k.data + h * b->d,
+               b->K + (((size_t)l * (size_t)b->G + (size_t)(b->shards[l].kv_first + h)) * (size_t)n_keys +
+                       (size_t)position) *
+                          (size_t)b->d,
+               (size_t)b->d * sizeof(float));
+    struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
+    if (n) CHECK_OK(ops_kv_append(&b->f->ops, &b->kv, &b->layers[l].heads, k, v, &batch));
+}
+
+/* The lanes of every layer hold these positions' keys. */
+static void check_lanes(struct bench *b, const cJSON *tokens, int n_keys)
+{
+    for (int l = 0; l < b->L; l++) {
+        const cJSON *list = cJSON_GetArrayItem(tokens, l);
+        for (int h = 0; h < b->shards[l].kv_count; h++) {
+            const int lane = b->layers[l].heads.lane + h, n = cJSON_GetArraySize(list);
+            CHECK(b->kv.lane_len[lane] == n);
+            for (int i = 0; i < n && i < b->kv.lane_len[lane]; i++)
+                CHECK(
+                    !memcmp(fixture_key(&b->kv, lane, i),
+                            b->K + (((size_t)l * (size_t)b->G + (size_t)(b->shards[l].kv_first + h)) * (size_t)n_keys +
+                                    (size_t)item_int(list, i)) *
+                                       (size_t)b->d,
+                            (size_t)b->d * sizeof(float)));
+        }
+    }
+    CHECK(fixture_pages_ok(&b->kv));
+}
+
+/* The lanes as the prefill leaves them: the tokens of the case's end that are of the prompt, and those of the first
+ * block, which the prompt's last token is in. */
+static void pack_prompt(struct bench *b, const cJSON *c)
+{
+    for (int l = 0; l < b->L; l++) {
+        cJSON *tokens = cJSON_CreateArray();
+        const cJSON *item;
+        cJSON_ArrayForEach (item, cJSON_GetArrayItem(vectors_get(c, "final_tokens"), l)) {
+            if (item->valueint < b->m - 1) cJSON_AddItemToArray(tokens, cJSON_CreateNumber(item->valueint));
+        }
+        cJSON_AddItemToArray(tokens, cJSON_CreateNumber(b->m - 1));
+        CHECK(cJSON_GetArraySize(tokens) == item_int(vectors_get(c, "stored"), l));
+        pack_layer(b, l, tokens);
+        cJSON_Delete(tokens);
+    }
+}
+
+/* A whole generation: when what is dropped, in every layer and on any number of ranks. */
+static void check_generation(const cJSON *inputs, const cJSON *c)
+{
+    const int steps = vectors_int(c, "steps");
+    struct bench b = bench_open_room(inputs, vectors_string(c, "input"), steps);
+    const int n_keys =
+        b.m + vectors_int(vectors_get(vectors_get(inputs, "inputs"), vectors_string(c, "input")), "extra");
+    int32_t slot = 0;
+    open_pyramid(&b, c);
+    pack_prompt(&b, c);
+    CHECK_OK(b.policy.vt->begin_decode(&b.policy, &b.sequence));
+    for (int t = 0; t < steps; t++) {
+        for (int l = 0; l < b.L; l++) {
+            append_key(&b, l, b.m + t, n_keys);
+            struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
+            struct tensor q = queries(&b, l, b.m + t, 1);
+            float *out = fixture_take(b.f, tensor_bytes(q) + 1);
+            struct policy_decode in = {l, tensor_3d(out, DTYPE_F32, 1, q.dim[1], b.d), q, &batch};
+            if (q.dim[1]) CHECK_OK(b.policy.vt->decode_attention(&b.policy, &in));
+        }
+        CHECK_OK(b.policy.vt->decode_end(&b.policy, &slot, 1));
+    }
+    check_lanes(&b, vectors_get(c, "final_tokens"), n_keys);
+    bench_close(&b);
+}
+
+static void test_generation(void) { each_case("pyramid_infer", "generation", check_generation); }
+
+/* Steps and judging rows against a simulation that keeps each layer's tokens, for many lengths and ratios. */
+static void test_blocks(void)
+{
+    enum { L = 7, STEPS = 900, BLOCKS = 100 };
+    double decay[L];
+    pyramid_infer_decay(L, decay);
+    for (int i = 0; i < 60; i++) {
+        const double rhos[] = {0, 0.01, 0.05, 0.2, 0.33, 0.6};
+        const int block = (int[]){16, 1, 5}[i % 3], prompt = 1 + 37 * i;
+        int length[L], base[L], next = 0, rows;
+        struct pyramid_generation g = {.tokens = prompt, .block = block, .rho = rhos[i % 6]};
+        int32_t settled[2 * BLOCKS];
+        g.first_keep = pyramid_infer_block_keep(decay[0], block, 0.9, 0.1);
+        g.window = rows = (int)(g.rho * prompt + 1e-9) + 1;
+        for (int l = 0; l < L; l++) length[l] = base[l] = prompt - l * prompt / 10;
+        pyramid_infer_blocks(&g, STEPS, BLOCKS, settled);
+        for (int t = 0; t < STEPS && next < BLOCKS; t++) {
+            const int recent = (int)(g.rho * (length[0] + 1) + 1e-9);
+            int fell = 0;
+            rows = rows + 1 < recent + 1 ? rows + 1 : recent + 1;
+            for (int l = 0; l < L; l++) {
+                if (++length[l] - recent - base[l] < block) continue;
+                /* The block's first entry is the token that the closed form says. */
+                CHECK(length[l] - (recent + 1) - block == length[l] - 2 - t + next * block);
+                length[l] -= block - pyramid_infer_block_keep(decay[l], block, 0.9, 0.1);
+                base[l] = length[l] - recent;
+                fell++;
+            }
+            CHECK(fell == 0 || fell == L);
+            if (!fell) continue;
+            CHECK(settled[2 * next] == t && settled[2 * next + 1] == rows && rows <= recent + 1);
+            next++;
+        }
+        for (; next < BLOCKS; next++) CHECK(settled[2 * next] == INT32_MAX);
+    }
+}
+
 /* Several prompts between two layers: one that loses rows, one that does not end here, one with a budget of all. */
 static void test_several(void)
 {
@@ -294,6 +417,8 @@ int main(void)
                                               {"fixed-point sums", test_fixed},
                                               {"tokens of every layer", test_prefill},
                                               {"several prompts", test_several},
+                                              {"steps at which blocks are judged", test_blocks},
+                                              {"generated tokens of every layer", test_generation},
                                               {0}};
     return policy_tests_run("pyramid_infer", cases);
 }
