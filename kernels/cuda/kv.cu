@@ -395,3 +395,87 @@ int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot)
     return cuda__launch(o, "kv_release", shrink_kernel, dim3((unsigned)(n + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
                         dim3(LANES_A_BLOCK * WARP), 0, *kv, slot * n, n, none, true);
 }
+
+/* ---- drop from the middle ---- */
+
+enum { MOST_DROPS = 128 /* of a launch */ };
+
+struct kv_drops {
+    struct kv_drop of[MOST_DROPS];
+};
+
+/* What a lane holds from d.first on after the drop; -1: it does not have the block, nothing is done. */
+__device__ static int left_behind(const struct kv_drop &d, int length)
+{
+    return length - d.first < d.n_block ? -1 : length - d.first - d.n_block + d.n_keep;
+}
+
+/* Grid: drops x lanes x (halves of a page, slices of a row). As in pack_kernel entries only move left, in ascending
+ * order: what a round writes lies below what later rounds read. */
+template <typename W>
+__global__ static void __launch_bounds__(PACK_THREADS)
+    drop_kernel(struct kv_view kv, int first_lane, const int32_t *index, struct kv_drops drops, int element)
+{
+    let_successor_start();
+    wait_for_predecessor();
+    const struct kv_drop d = drops.of[blockIdx.x];
+    if ((int)blockIdx.y >= d.n_lanes) return;
+    const int lane = first_lane + d.lane + (int)blockIdx.y, n = left_behind(d, kv.lane_len[lane]);
+    const int words = kv.head_dim * element / (int)sizeof(W), step = (int)threadIdx.x / PACK_ROW;
+    const int word = (int)(blockIdx.z / 2 * PACK_ROW + threadIdx.x % PACK_ROW);
+    W *const pool = (W *)kv.pool.data + (int64_t)(blockIdx.z % 2) * kv.page_size * words + word;
+    for (int first = 0; first < n; first += PACK_ENTRIES) {
+        W held[PACK_HELD];
+#pragma unroll
+        for (int i = 0; i < PACK_HELD; i++) {
+            const int j = first + i * PACK_STEP + step;
+            if (j >= n || word >= words) continue;
+            /* Inside the block whatever is given. */
+            const int from =
+                j < d.n_keep ? min(max(index[d.first_index + j], j), d.n_block - 1) : j - d.n_keep + d.n_block;
+            held[i] = pool[row_of(kv, lane, d.first + from) * words];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < PACK_HELD; i++) {
+            const int j = first + i * PACK_STEP + step;
+            if (j < n && word < words) pool[row_of(kv, lane, d.first + j) * words] = held[i];
+        }
+    }
+}
+
+/* Grid: drops x shares of their lanes; a warp a lane. */
+__global__ static void drop_shrink_kernel(struct kv_view kv, int first_lane, struct kv_drops drops)
+{
+    let_successor_start();
+    wait_for_predecessor();
+    const struct kv_drop d = drops.of[blockIdx.x];
+    const int i = (int)blockIdx.y * LANES_A_BLOCK + (int)threadIdx.x / WARP, lane = first_lane + d.lane + i;
+    if (i >= d.n_lanes) return;
+    const int n = left_behind(d, kv.lane_len[lane]);
+    if (n >= 0) shrink_lane(kv, lane, d.first + n);
+}
+
+int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
+                  int n_drops)
+{
+    const int element = (int)dtype_size(kv->pool.dtype), row_bytes = kv->head_dim * element;
+    const bool wide = row_bytes % 16 == 0 && (uint64_t)kv->pool.data % 16 == 0;
+    const unsigned slices = (unsigned)(row_bytes / (wide ? 16 : 4) + PACK_ROW - 1) / PACK_ROW;
+    const int first_lane = slot * kv->lanes_per_slot;
+    for (int first = 0; first < n_drops; first += MOST_DROPS) {
+        struct kv_drops drops = {};
+        const unsigned n = (unsigned)(n_drops - first < MOST_DROPS ? n_drops - first : MOST_DROPS);
+        unsigned lanes = 0;
+        for (unsigned i = 0; i < n; i++) {
+            drops.of[i] = drop[first + (int)i];
+            if ((unsigned)drops.of[i].n_lanes > lanes) lanes = (unsigned)drops.of[i].n_lanes;
+        }
+        if (!lanes) continue;
+        TRY(cuda__launch(o, "kv_drop", wide ? drop_kernel<uint4> : drop_kernel<uint32_t>, dim3(n, lanes, 2 * slices),
+                         dim3(PACK_THREADS), 0, *kv, first_lane, index, drops, element));
+        TRY(cuda__launch(o, "kv_drop", drop_shrink_kernel, dim3(n, (lanes + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
+                         dim3(LANES_A_BLOCK * WARP), 0, *kv, first_lane, drops));
+    }
+    return OK;
+}
