@@ -13,6 +13,7 @@
  * row is ever stored. */
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/log.h"
 #include "kvcache/pyramid_infer.h"
@@ -27,7 +28,7 @@ struct plan {
     int window;
     int *stored, *keep; /* [n_layers] */
 };
-enum { PLANS = 64 };
+enum { PLANS = 64 /* kept beside those of the slots, so that prompts of one length are solved for once */ };
 
 /* Generated tokens on their way out; see struct decode_judges. */
 struct thinning {
@@ -42,8 +43,8 @@ struct thinning {
 };
 
 struct pyramid_infer {
-    double *decay; /* [n_layers] */
-    struct plan plan[PLANS];
+    double *decay;             /* [n_layers] */
+    struct plan *plan;         /* [n_slots + PLANS] */
     int *lengths;              /* behind all plans' stored and keep */
     bool told;                 /* that a budget cannot be reached */
     float *column;             /* [max heads, max_context] of one prompt's layer, device */
@@ -99,12 +100,15 @@ static int pyramid_open(struct policy *policy, struct arena *arena)
     policy->state = p;
     if (!p) FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
     p->decay = calloc(layers, sizeof *p->decay);
-    p->lengths = calloc(2 * PLANS * layers, sizeof *p->lengths);
+    const size_t plans = PLANS + (size_t)env->kv->n_slots;
+    p->plan = calloc(plans, sizeof *p->plan);
+    p->lengths = calloc(2 * plans * layers, sizeof *p->lengths);
     p->host_weight = calloc((size_t)env->max_context, sizeof *p->host_weight);
     p->choice = calloc((size_t)env->kv->n_slots + layers, sizeof *p->choice);
-    if (!p->decay || !p->lengths || !p->host_weight || !p->choice) FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
+    if (!p->decay || !p->plan || !p->lengths || !p->host_weight || !p->choice)
+        FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
     pyramid_infer_decay(env->n_layers, p->decay);
-    for (size_t i = 0; i < PLANS; i++) {
+    for (size_t i = 0; i < plans; i++) {
         p->plan[i].stored = p->lengths + 2 * i * layers;
         p->plan[i].keep = p->plan[i].stored + layers;
     }
@@ -121,6 +125,7 @@ static void pyramid_close(struct policy *policy)
     struct pyramid_infer *p = policy->state;
     if (!p) return;
     free(p->decay);
+    free(p->plan);
     free(p->lengths);
     free(p->host_weight);
     free(p->choice);
@@ -164,14 +169,18 @@ static void solve(const struct policy *policy, struct plan *plan)
     pyramid_infer_schedule(&plan->shape, plan->rho, plan->r, plan->stored, plan->keep, NULL);
 }
 
-/* The sequence's schedule; valid until the next call. */
-static const struct plan *plan_of(const struct policy *policy, const struct policy_sequence *sequence)
+static bool plan_is(const struct plan *plan, int m, int window, double share)
+{
+    return plan->shape.tokens == m && plan->shape.window == window && plan->share == share;
+}
+
+/* A schedule out of those that were solved lately. */
+static const struct plan *find_plan(const struct policy *policy, int m, int window, double share)
 {
     struct pyramid_infer *p = policy->state;
-    const int m = sequence->prompt_tokens, window = text_window(policy, sequence);
-    const double share = kv_budget_share(sequence->budget, m);
-    struct plan *plan = &p->plan[((unsigned)m + 31u * (unsigned)window + (unsigned)(share * 4096)) % PLANS];
-    if (plan->shape.tokens == m && plan->shape.window == window && plan->share == share) return plan;
+    const unsigned place = ((unsigned)m + 31u * (unsigned)window + (unsigned)(share * 4096)) % PLANS;
+    struct plan *plan = &p->plan[(unsigned)policy->env.kv->n_slots + place];
+    if (plan_is(plan, m, window, share)) return plan;
     plan->share = share;
     plan->shape = (struct pyramid_shape){.tokens = m,
                                          .n_layers = policy->env.n_layers,
@@ -180,6 +189,24 @@ static const struct plan *plan_of(const struct policy *policy, const struct poli
                                          .window = window,
                                          .decay = p->decay};
     solve(policy, plan);
+    return plan;
+}
+
+/* The sequence's schedule; its slot holds it as long as the slot is asked about no other prompt. */
+static const struct plan *plan_of(const struct policy *policy, const struct policy_sequence *sequence)
+{
+    struct pyramid_infer *p = policy->state;
+    const int m = sequence->prompt_tokens, window = text_window(policy, sequence);
+    const double share = kv_budget_share(sequence->budget, m);
+    const size_t bytes = (size_t)policy->env.n_layers * sizeof *p->lengths;
+    struct plan *plan = &p->plan[sequence->slot];
+    if (plan_is(plan, m, window, share)) return plan;
+    struct plan copy = *find_plan(policy, m, window, share);
+    memcpy(plan->stored, copy.stored, bytes);
+    memcpy(plan->keep, copy.keep, bytes);
+    copy.stored = plan->stored;
+    copy.keep = plan->keep;
+    *plan = copy;
     return plan;
 }
 
