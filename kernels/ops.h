@@ -482,9 +482,9 @@ int ops_page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *k
  * the lower page wins. count -1 where that is the whole lane. Padding rows: count 0. */
 int ops_pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                    const struct attention_heads *heads, const struct page_pick *pick) MUST_CHECK;
-/* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even to
- * a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added where.
- * Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */
+/* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even
+ * to a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added
+ * where. Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */
 /* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even
  * to a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added
  * where. Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */

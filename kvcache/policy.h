@@ -95,8 +95,6 @@ struct policy_config {
     struct streaming_llm_options streaming_llm;
     struct h2o_options h2o;
     struct quest_options quest;
-};
-
     struct pyramid_infer_options pyramid_infer;
 };
 
@@ -231,7 +229,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
-    policy_random, policy_h2o, policy_quest;
-    policy_random, policy_pyramid_infer;
+    policy_random, policy_h2o, policy_quest, policy_pyramid_infer;
 
 #endif

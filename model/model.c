@@ -293,12 +293,6 @@ static bool compresses(const struct policy *policy, const struct policy_sequence
     return !sequence->continues && policy_runs(policy, sequence);
 }
 
-/* The policy looks at the newest rows of each prompt that ends here. */
-static int observe_layer(const struct prefill *in, struct policy *policy, int layer, struct tensor q)
-{
-    for (int i = 0; i < in->n_seqs; i++) {
-        if (!in->ends[i] || !compresses(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
-        int rows = policy_judging_rows(policy, &in->sequence[i]), end = in->cu_seqlens[i + 1];
 static int rows_of(const struct prefill *in, int i) { return in->cu_seqlens[i + 1] - in->cu_seqlens[i]; }
 
 /* The policy looks at the newest rows of each prompt that ends here; `now`: what is left of `in`. */
@@ -306,7 +300,7 @@ static int observe_layer(const struct prefill *in, const struct prefill *now, st
                          struct tensor q)
 {
     for (int i = 0; i < in->n_seqs; i++) {
-        if (!in->ends[i] || !policy_runs(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
+        if (!in->ends[i] || !compresses(policy, &in->sequence[i]) || !policy->vt->prefill_layer) continue;
         int rows = policy_judging_rows(policy, &in->sequence[i]), end = now->cu_seqlens[i + 1];
         int left = rows_of(in, i) - rows_of(now, i);
         struct policy_prefill seen = {.layer = layer,

@@ -24,8 +24,6 @@ struct bench {
     struct policy_sequence sequence;
     struct image_span *spans;
     int L, H, G, m, extra, d, q_first, q_rows;
-    int L, H, G, m, d, q_first, q_rows;
-    int room; /* tokens that lanes hold beside the prompt's */
     float *Q, *K;
     void *state;
 };
@@ -54,7 +52,6 @@ static inline void deal_heads(struct bench *b)
         lane += s.kv_count;
     }
     int pages = (b->m + b->extra + 15) / 16;
-    int pages = (b->m + b->room + 15) / 16;
     b->kv = fixture_cache(b->f, 1, lane, pages, lane * pages, 16, b->d);
 }
 
@@ -92,7 +89,7 @@ static inline struct policy_env bench_env(struct bench *b)
                                .layers = b->layers,
                                .n_layers = b->L,
                                .g_n_heads = b->H,
-                               .max_context = b->m + b->room,
+                               .max_context = b->m + b->extra,
                                .max_prompt_tokens = b->m};
 }
 
@@ -111,9 +108,9 @@ static inline void open_policy(struct bench *b, const struct policy_config *conf
     b->sequence.budget = config->budget;
 }
 
-static inline struct bench bench_open_room(const cJSON *inputs, const char *name, int room)
+static inline struct bench bench_open(const cJSON *inputs, const char *name)
 {
-    struct bench b = {.f = fixture_open(1, 1), .room = room};
+    struct bench b = {.f = fixture_open(1, 1)};
     const cJSON *x = vectors_get(vectors_get(inputs, "inputs"), name);
     b.L = vectors_int(x, "L"), b.H = vectors_int(x, "H"), b.G = vectors_int(x, "G");
     b.m = vectors_int(x, "m"), b.d = vectors_int(x, "d"), b.q_first = vectors_int(x, "q_first");
@@ -127,11 +124,6 @@ static inline struct bench bench_open_room(const cJSON *inputs, const char *name
     deal_heads(&b);
     for (int l = 0; l < b.L; l++) append_keys(&b, l, 0, b.m);
     return b;
-}
-
-static inline struct bench bench_open(const cJSON *inputs, const char *name)
-{
-    return bench_open_room(inputs, name, 0);
 }
 
 static inline void bench_close(struct bench *b)

@@ -148,9 +148,9 @@ int cuda__rope_append(struct ops *o, const struct kv_view *kv, const struct atte
 int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                   int keep_stride, const int32_t *n_keep);
 int cuda__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                       const struct attention_heads *heads, const struct decode_judges *judges);
+                        const struct attention_heads *heads, const struct decode_judges *judges);
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
-                 int n_drops);
+                  int n_drops);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                      const int *window);
@@ -164,10 +164,10 @@ int cuda__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, 
 int cuda__average_pool(struct ops *o, struct tensor y, struct tensor x, int width);
 int cuda__page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane, int n_lanes);
 int cuda__pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                    const struct attention_heads *heads, const struct page_pick *pick);
+                     const struct attention_heads *heads, const struct page_pick *pick);
 int cuda__sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale);
 int cuda__select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
-                     int n_choices);
+                      int n_choices);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

@@ -266,7 +266,7 @@ static struct row_choice choice_of(const struct policy *policy, const struct pol
 {
     const struct policy_sequence *sequence = &in->sequence[i];
     struct row_choice choice = {.first_row = in->cu_seqlens[i], .n_rows = in->cu_seqlens[i + 1] - in->cu_seqlens[i]};
-    if (!in->ends[i] || !policy_runs(policy, sequence)) return choice;
+    if (!in->ends[i] || sequence->continues || !policy_runs(policy, sequence)) return choice;
     const struct plan *plan = plan_of(policy, sequence);
     if (!narrows(plan, in->layer)) return choice;
     const int context = plan->stored[in->layer] - plan->window, keep = plan->keep[in->layer];
@@ -316,7 +316,7 @@ static int pyramid_begin_decode(struct policy *policy, const struct policy_seque
     if (!t->judges.block_tokens) return OK;
     int32_t *progress = t->host_progress + 2 * slot, *block = t->host_block + 2 * (size_t)slot * (size_t)max_blocks;
     const size_t at = 2 * (size_t)slot * (size_t)max_blocks, stride = (size_t)t->judges.slot_stride;
-    progress[0] = policy_runs(policy, sequence) ? 0 : -1;
+    progress[0] = !sequence->continues && policy_runs(policy, sequence) ? 0 : -1; /* a follow-up ends the thinning */
     progress[1] = 0;
     if (progress[0] == 0) {
         const struct plan *plan = plan_of(policy, sequence);

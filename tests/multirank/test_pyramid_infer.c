@@ -314,7 +314,7 @@ static void pack_prompt(struct bench *b, const cJSON *c)
 static void check_generation(const cJSON *inputs, const cJSON *c)
 {
     const int steps = vectors_int(c, "steps");
-    struct bench b = bench_open_room(inputs, vectors_string(c, "input"), steps);
+    struct bench b = bench_open(inputs, vectors_string(c, "input"));
     const int n_keys =
         b.m + vectors_int(vectors_get(vectors_get(inputs, "inputs"), vectors_string(c, "input")), "extra");
     int32_t slot = 0;
@@ -327,7 +327,8 @@ static void check_generation(const cJSON *inputs, const cJSON *c)
             struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
             struct tensor q = queries(&b, l, b.m + t, 1);
             float *out = fixture_take(b.f, tensor_bytes(q) + 1);
-            struct policy_decode in = {l, tensor_3d(out, DTYPE_F32, 1, q.dim[1], b.d), q, &batch};
+            struct policy_decode in = {
+                .layer = l, .out = tensor_3d(out, DTYPE_F32, 1, q.dim[1], b.d), .q = q, .batch = &batch};
             if (q.dim[1]) CHECK_OK(b.policy.vt->decode_attention(&b.policy, &in));
         }
         CHECK_OK(b.policy.vt->decode_end(&b.policy, &slot, 1));
