@@ -146,6 +146,35 @@ struct kv_drop {
     int first_index;    /* those that index[first_index ...] names, counted from `first`, ascending */
 };
 
+/* What a slot's lanes hold in clusters: entries first .. end - 1 of each, in n_clusters clusters. Entries before and
+ * behind them belong to none. budget: how many of the clustered ones a decode step attends to. */
+struct cluster_state {
+    int32_t n_clusters, first, end, budget;
+};
+
+/* Clusters of the entries of lanes first_lane .. first_lane + n_lanes - 1 of every slot, device. Row r of an array is
+ * slot * n_lanes + lane - first_lane. Centroids have the activation dtype: a decode step reads all of them, beside a
+ * few keys that have no more digits either. */
+struct kv_clusters {
+    struct tensor centroid;      /* [n_slots * n_lanes, max_clusters, head_dim] means of the keys, not normalised */
+    int32_t *size;               /* [n_slots * n_lanes, max_clusters] entries of each cluster */
+    int32_t *entry;              /* [n_slots * n_lanes, max_entries] entries, cluster after cluster, ascending within */
+    struct cluster_state *state; /* [n_slots] */
+    void *work;                  /* ops_cluster_bytes of room for one ops_cluster_keys */
+    int first_lane, n_lanes, max_clusters, max_entries;
+};
+enum { MOST_CLUSTERS = 4096 /* of a lane */ };
+
+/* A run of entries of all clustered lanes of a slot that become clusters of their own. */
+struct cluster_job {
+    int slot, first_entry, n_entries;
+    int first_cluster, n_clusters; /* the clusters that they become */
+    int first_place;               /* where in kv_clusters.entry they go: the entries clustered before */
+    int iterations;
+    const int32_t
+        *centre; /* [n_lanes, n_clusters] device: the first centres, as numbers 0 .. n_entries - 1 of entries */
+};
+
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
 
 /* Sampling parameters of one slot. temperature 0 = greedy; top_k 0, top_p 1, min_p 0, penalties 0 / 0 / 1 = off. */
@@ -248,6 +277,13 @@ struct ops_vt {
                            const struct attention_heads *heads, const struct attention_probe *probe);
     int (*judge_columns)(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                          const struct attention_heads *heads, const struct decode_judges *judges);
+    /* clusters of keys */
+    size_t (*cluster_bytes)(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);
+    int (*cluster_keys)(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
+                        const struct cluster_job *job);
+    int (*select_clusters)(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
+                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                           const struct kv_clusters *clusters);
     /* cache */
     int (*kv_reset)(struct ops *o, const struct kv_view *kv);
     int (*kv_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
@@ -423,6 +459,24 @@ int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv
  * instead. Rows outside of a block's rows add nothing to it. Attention is the softmax over the whole lane. */
 int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                       const struct attention_heads *heads, const struct decode_judges *judges) MUST_CHECK;
+/* ops_cluster_bytes - device memory that ops_cluster_keys works in, for lanes of at most so many entries and clusters.
+ */
+size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);
+/* ops_cluster_keys - k-means by cosine of the keys of job's entries, lane by lane (ClusterKV): `iterations` times each
+ * key goes to the centre of the largest cosine (0 with a zero vector; equal: the lower cluster) and each centre becomes
+ * the mean of its keys as they are, summed in float32 in a fixed order (an empty cluster keeps its centre); then keys
+ * are assigned once more. Writes centroids, sizes and entries of the job's clusters alone; state is the caller's. */
+int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
+                     const struct cluster_job *job) MUST_CHECK;
+/* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head the entries before the
+ * clustered ones, `budget` of the clustered ones, and all behind them. Clusters come in falling order of the largest
+ * (or mean) q . centroid of the group's heads (equal: the lower cluster), entries within in theirs; the last cluster is
+ * cut. q [n, n_heads, head_dim], after kv_append. count -1 (the whole lane) where the slot has no clusters or the
+ * budget takes them all, 0 for a padding row. The order of a list is fixed but means nothing. stride: room of a list;
+ * what a lane's list takes more than that is a bug, and its whole lane is read. Device work only. */
+int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
+                        const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                        const struct kv_clusters *clusters) MUST_CHECK;
 
 /* ops_kv_reset - all pages free, all lanes empty. */
 int ops_kv_reset(struct ops *o, const struct kv_view *kv) MUST_CHECK;

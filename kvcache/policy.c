@@ -9,6 +9,7 @@
 static const struct policy_vt *const policies[] = {&policy_full,       &policy_vl_cache,      &policy_snapkv,
                                                    &policy_pyramid_kv, &policy_streaming_llm, &policy_random,
                                                    &policy_h2o,        &policy_quest,         &policy_pyramid_infer};
+                                                   &policy_cluster_kv};
 enum { N_POLICIES = sizeof policies / sizeof *policies };
 
 /* The policy that keeps everything: no hooks. */
@@ -90,6 +91,12 @@ bool policy_runs(const struct policy *policy, const struct policy_sequence *sequ
 int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence)
 {
     return policy->vt->judging_rows ? policy->vt->judging_rows(policy, sequence) : 1;
+}
+
+struct policy_reads policy_slot_reads(const struct policy *policy, int slot, double lane_tokens)
+{
+    if (policy->vt->reads) return policy->vt->reads(policy, slot, lane_tokens);
+    return (struct policy_reads){lane_tokens, 0};
 }
 
 int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n)

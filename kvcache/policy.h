@@ -83,6 +83,18 @@ struct quest_options {
     int full_layers; /* first layers that read everything, 2 */
 };
 
+/* Options of ClusterKV (arXiv 2412.03213). */
+enum cluster_kv_group { CLUSTER_KV_MAX, CLUSTER_KV_MEAN };
+struct cluster_kv_options {
+    int sinks;              /* first tokens, in no cluster and always attended to, 16 */
+    int full_layers;        /* first layers that read their whole lanes, 2 */
+    int tokens_per_cluster; /* of the prompt, 80 */
+    int iterations;         /* of k-means, 20 */
+    int window;             /* generated tokens that become clusters together; until then all are attended to, 320 */
+    int window_clusters;    /* how many they become, 4 */
+    int group;              /* enum cluster_kv_group: a cluster's score, over the query heads of a KV head */
+};
+
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
     char policy[32]; /* name in the registry */
@@ -96,6 +108,9 @@ struct policy_config {
     struct h2o_options h2o;
     struct quest_options quest;
     struct pyramid_infer_options pyramid_infer;
+};
+
+    struct cluster_kv_options cluster_kv;
 };
 
 /* This rank's share of one layer. */
@@ -166,6 +181,13 @@ struct policy_keep {
     const int32_t *n_keep; /* [lanes] host: how many each keeps */
 };
 
+/* What the next decode step of a slot reads of the cache: entries (K and V) of a lane, as the mean over layers, and
+ * bytes of what the policy keeps beside them, of all layers and the heads of all ranks. */
+struct policy_reads {
+    double tokens;
+    int64_t beside_bytes;
+};
+
 struct policy;
 struct policy_vt {
     const char *name, *paper;
@@ -196,6 +218,9 @@ struct policy_vt {
     int (*decode_attention)(struct policy *policy, const struct policy_decode *in);
     /* After each decode step, outside of what is captured: slot [n] (host) has each got one more token. Collective. */
     int (*decode_end)(struct policy *policy, const int32_t *slot, int n);
+    /* What a decode step of `slot` reads whose lanes then hold lane_tokens entries each, by the policy's counters: the
+     * same on all ranks, nothing is launched. Absent: the whole lanes. */
+    struct policy_reads (*reads)(const struct policy *policy, int slot, double lane_tokens);
 };
 
 struct policy {
@@ -222,6 +247,9 @@ bool policy_runs(const struct policy *policy, const struct policy_sequence *sequ
 /* policy_judging_rows - the hook's number, or 1. */
 int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence);
 
+/* policy_slot_reads - what the hook says, or the whole lanes (lane_tokens: mean over layers) and nothing beside. */
+struct policy_reads policy_slot_reads(const struct policy *policy, int slot, double lane_tokens);
+
 /* policy_sum_counts - sums n int64 (host) over ranks, exactly. policy_sum_scores - the same for device memory, in the
  * stream's order. Collective. */
 int policy_sum_counts(struct policy *policy, int64_t *counts, int n) MUST_CHECK;
@@ -230,5 +258,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
     policy_random, policy_h2o, policy_quest, policy_pyramid_infer;
+    policy_random, policy_cluster_kv;
 
 #endif

@@ -18,6 +18,7 @@ static const char *const rounding_names[] = {"floor", "largest_remainder", "wate
 static const char *const judges_names[] = {"recent", "text", NULL};
 static const char *const switch_names[] = {"off", "on", NULL};
 static const char *const window_of_names[] = {"layer", "prompt", NULL};
+static const char *const group_names[] = {"max", "mean", NULL};
 
 #define ROW(key, kind, member, text, ...)                                                                              \
     {                                                                                                                  \
@@ -36,6 +37,7 @@ static const char *const window_of_names[] = {"layer", "prompt", NULL};
 #define SNAPKV(name) "kv_cache.snapkv." name
 #define PYRAMID_INFER(name) "kv_cache.pyramid_infer." name
 #define PYRAMID_KV(name) "kv_cache.pyramid_kv." name
+#define CLUSTER_KV(name) "kv_cache.cluster_kv." name
 
 #define MAX_BYTES 0x1p50
 
@@ -123,6 +125,19 @@ static const struct config_key table[] = {
            "generated tokens: what that share is multiplied by in every layer"),
     NUMBER(PYRAMID_INFER("generation_block"), CONFIG_INT, kv_cache.pyramid_infer.generation_block, "16", 0, 1024,
            "generated tokens that are judged at a time; 0: all of them stay"),
+    NUMBER(CLUSTER_KV("sinks"), CONFIG_INT, kv_cache.cluster_kv.sinks, "16", 0, 1 << 20,
+           "first tokens, in no cluster and always attended to"),
+    NUMBER(CLUSTER_KV("full_layers"), CONFIG_INT, kv_cache.cluster_kv.full_layers, "2", 0, 1 << 20,
+           "first layers that attend to everything"),
+    NUMBER(CLUSTER_KV("tokens_per_cluster"), CONFIG_INT, kv_cache.cluster_kv.tokens_per_cluster, "80", 1, 1 << 20,
+           "a prompt's tokens over its clusters"),
+    NUMBER(CLUSTER_KV("iterations"), CONFIG_INT, kv_cache.cluster_kv.iterations, "20", 1, 1000, "rounds of k-means"),
+    NUMBER(CLUSTER_KV("window"), CONFIG_INT, kv_cache.cluster_kv.window, "320", 1, 1 << 20,
+           "generated tokens that are clustered together; until then all of them are attended to"),
+    NUMBER(CLUSTER_KV("window_clusters"), CONFIG_INT, kv_cache.cluster_kv.window_clusters, "4", 1, 4096,
+           "clusters that they become"),
+    CHOICE(CLUSTER_KV("group"), kv_cache.cluster_kv.group, "max", group_names, 0,
+           "a cluster's score: the largest or the mean over the query heads of a KV head"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,
