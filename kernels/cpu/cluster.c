@@ -218,7 +218,8 @@ int cpu__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stri
         const int length = kv->lane_len[slot * kv->lanes_per_slot + lane];
         const int64_t row = (int64_t)slot * clusters->n_lanes + lane - clusters->first_lane;
         count[item] = -1;
-        if (s->n_clusters < 1 || s->budget >= s->end - s->first || s->first + s->budget + (length - s->end) > stride)
+        if (s->n_clusters < 1 || s->budget >= s->end - s->first || length < s->end ||
+            s->first + s->budget + (length - s->end) > stride)
             continue;
         float score[MOST_CLUSTERS];
         struct ranked rank[MOST_CLUSTERS];
