@@ -178,13 +178,15 @@ static int cluster_kv_decode_end(struct policy *policy, const int32_t *slot, int
 {
     struct cluster_kv *s = policy->state;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    const int n_new = least(options->window_clusters, options->window);
     for (int i = 0; s->slot && i < n; i++) {
         struct slot *own = &s->slot[slot[i]];
         own->n_generated++;
         if (!own->runs || own->prompt + own->n_generated - own->end < options->window) continue;
-        if (own->end + options->window > s->clusters.max_entries) continue; /* the lane is full: its last step */
-        TRY(cluster_block(policy, slot[i], options->window, least(options->window_clusters, options->window),
-                          ++own->n_blocks));
+        /* A lane that is full: its last step, or one too many. */
+        if (own->end + options->window > s->clusters.max_entries || own->n_clusters + n_new > s->clusters.max_clusters)
+            continue;
+        TRY(cluster_block(policy, slot[i], options->window, n_new, ++own->n_blocks));
         TRY(send_state(policy, slot[i]));
     }
     return OK;

@@ -470,6 +470,43 @@ static void test_limits(void)
     fixture_close(e.f);
 }
 
+static void test_arguments(void)
+{
+    struct fixture *f = fixture_open(1, 3);
+    struct kv_view kv = fixture_cache(f, 2, 3, 2, 12, 16, 8);
+    struct kv_clusters c = take_clusters(f, &kv, 5, 20);
+    const struct attention_heads heads = {2, 1, 8, 1, 1};
+    int32_t centre[15] = {0}, slot[2] = {1, -1}, entry[40], count[2];
+    const struct seq_batch batch = {.n_seqs = 2, .n_tokens = 2, .slot = slot};
+    const struct cluster_job good = {.slot = 1, .n_entries = 6, .n_clusters = 5, .iterations = 1, .centre = centre};
+    struct tensor q = fixture_3d(f, 2, 2, 8, 0);
+    struct cluster_job job = good;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "holds 0 entries");
+    job.slot = 2;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "job.slot is 2");
+    job = good, job.n_clusters = 7;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "6 entries in clusters 0 .. 7");
+    job = good, job.first_cluster = 1;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "clusters 1 .. 6");
+    job = good, job.first_place = 15;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "there is room for 20");
+    job = good, job.first_entry = 27;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "a lane holds 32");
+    job = good, job.iterations = 0;
+    CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "0 iterations");
+    job = good, job.n_entries = 0;
+    CHECK_OK(ops_cluster_keys(&f->ops, &kv, &c, &job));
+    CHECK_OK(ops_select_clusters(&f->ops, entry, count, 20, q, false, &batch, &kv, &heads, &c));
+    CHECK(count[0] == -1 && count[1] == 0);
+    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 0, q, false, &batch, &kv, &heads, &c), ERR_ARG,
+                "lists of 0");
+    c.first_lane = 2, c.n_lanes = 1;
+    c.centroid.dim[0] = 2;
+    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 20, q, false, &batch, &kv, &heads, &c), ERR_ARG,
+                "a layer of lanes 1 .. 2");
+    fixture_close(f);
+}
+
 int main(void)
 {
     const struct check_case cases[] = {{"random choices", test_rng},
@@ -478,6 +515,7 @@ int main(void)
                                        {"generated tokens", test_decode},
                                        {"a batch of several lengths", test_batch},
                                        {"limits", test_limits},
+                                       {"arguments", test_arguments},
                                        {0}};
     return policy_tests_run("cluster_kv", cases);
 }
