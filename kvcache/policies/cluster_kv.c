@@ -202,6 +202,8 @@ static int cluster_kv_attend(struct policy *policy, const struct policy_decode *
     const struct attention_heads *heads = &env->layers[in->layer].heads;
     if (in->layer < options->full_layers)
         return ops_attention_decode(env->ops, in->out, in->q, in->batch, env->kv, heads);
+    if (in->batch->n_seqs > env->kv->n_slots)
+        FAIL(ERR_BUG, "cluster_kv: a step of %d rows, there are %d slots", in->batch->n_seqs, env->kv->n_slots);
     TRY(ops_select_clusters(env->ops, s->entry, s->count, s->stride, in->q, options->group == CLUSTER_KV_MEAN,
                             in->batch, env->kv, heads, &s->clusters));
     const struct kv_list list = {s->entry, s->count, s->stride};

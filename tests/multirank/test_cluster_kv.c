@@ -359,7 +359,7 @@ static struct engine_like open_engine_like(void)
 {
     struct engine_like e = {.f = fixture_open(2, 7)};
     const int pages = (LONGEST + 1 + 15) / 16, lanes = LAYERS * KV_HEADS;
-    e.kv = fixture_cache(e.f, SLOTS, lanes, pages, SLOTS * lanes * pages, 16, DIM);
+    e.kv = fixture_cache(e.f, SLOTS + 1, lanes, pages, SLOTS * lanes * pages, 16, DIM);
     for (int l = 0; l < LAYERS; l++)
         e.layers[l] = (struct policy_layer){{KV_HEADS * GROUP, KV_HEADS, DIM, l * KV_HEADS, 0.25f}, 0, true};
     return e;
