@@ -6,10 +6,9 @@
 
 #include "base/nearest.h"
 
-static const struct policy_vt *const policies[] = {&policy_full,       &policy_vl_cache,      &policy_snapkv,
-                                                   &policy_pyramid_kv, &policy_streaming_llm, &policy_random,
-                                                   &policy_h2o,        &policy_quest,         &policy_pyramid_infer};
-                                                   &policy_cluster_kv};
+static const struct policy_vt *const policies[] = {
+    &policy_full,   &policy_vl_cache, &policy_snapkv, &policy_pyramid_kv,    &policy_streaming_llm,
+    &policy_random, &policy_h2o,      &policy_quest,  &policy_pyramid_infer, &policy_cluster_kv};
 enum { N_POLICIES = sizeof policies / sizeof *policies };
 
 /* The policy that keeps everything: no hooks. */
@@ -93,10 +92,18 @@ int policy_judging_rows(const struct policy *policy, const struct policy_sequenc
     return policy->vt->judging_rows ? policy->vt->judging_rows(policy, sequence) : 1;
 }
 
-struct policy_reads policy_slot_reads(const struct policy *policy, int slot, double lane_tokens)
+struct policy_reads policy_step_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                      int before)
 {
-    if (policy->vt->reads) return policy->vt->reads(policy, slot, lane_tokens);
-    return (struct policy_reads){lane_tokens, 0};
+    if (policy->vt && policy->vt->reads && policy_runs(policy, sequence))
+        return policy->vt->reads(policy, sequence, kept, before);
+    return (struct policy_reads){kept + before + 1, 0};
+}
+
+int policy_kv_heads(const struct policy *policy)
+{
+    const struct attention_heads *heads = &policy->env.layers[0].heads; /* every rank has a group of heads at least */
+    return policy->env.g_n_heads / (heads->n_heads / heads->n_kv_heads);
 }
 
 int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n)

@@ -108,8 +108,6 @@ struct policy_config {
     struct h2o_options h2o;
     struct quest_options quest;
     struct pyramid_infer_options pyramid_infer;
-};
-
     struct cluster_kv_options cluster_kv;
 };
 
@@ -181,8 +179,8 @@ struct policy_keep {
     const int32_t *n_keep; /* [lanes] host: how many each keeps */
 };
 
-/* What the next decode step of a slot reads of the cache: entries (K and V) of a lane, as the mean over layers, and
- * bytes of what the policy keeps beside them, of all layers and the heads of all ranks. */
+/* What a decode step of a sequence reads of the cache: entries (K and V) of a lane, as the mean over layers, and bytes
+ * of what the policy keeps beside them, of all layers and the heads of all ranks. */
 struct policy_reads {
     double tokens;
     int64_t beside_bytes;
@@ -218,9 +216,11 @@ struct policy_vt {
     int (*decode_attention)(struct policy *policy, const struct policy_decode *in);
     /* After each decode step, outside of what is captured: slot [n] (host) has each got one more token. Collective. */
     int (*decode_end)(struct policy *policy, const int32_t *slot, int n);
-    /* What a decode step of `slot` reads whose lanes then hold lane_tokens entries each, by the policy's counters: the
-     * same on all ranks, nothing is launched. Absent: the whole lanes. */
-    struct policy_reads (*reads)(const struct policy *policy, int slot, double lane_tokens);
+    /* What a decode step reads of a sequence that the policy runs for: prompt_tokens and budget of `sequence` alone are
+     * looked at; `kept` tokens of the prompt stayed (mean over layers) and `before` followed before this step's own.
+     * Arithmetic on the host. Absent: the whole lanes. */
+    struct policy_reads (*reads)(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                 int before);
 };
 
 struct policy {
@@ -247,8 +247,12 @@ bool policy_runs(const struct policy *policy, const struct policy_sequence *sequ
 /* policy_judging_rows - the hook's number, or 1. */
 int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence);
 
-/* policy_slot_reads - what the hook says, or the whole lanes (lane_tokens: mean over layers) and nothing beside. */
-struct policy_reads policy_slot_reads(const struct policy *policy, int slot, double lane_tokens);
+/* policy_step_reads - what the hook says, or the whole lanes and nothing beside. */
+struct policy_reads policy_step_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                      int before);
+
+/* policy_kv_heads - KV heads of a layer over all ranks. */
+int policy_kv_heads(const struct policy *policy);
 
 /* policy_sum_counts - sums n int64 (host) over ranks, exactly. policy_sum_scores - the same for device memory, in the
  * stream's order. Collective. */
@@ -257,7 +261,6 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
-    policy_random, policy_h2o, policy_quest, policy_pyramid_infer;
-    policy_random, policy_cluster_kv;
+    policy_random, policy_h2o, policy_quest, policy_pyramid_infer, policy_cluster_kv;
 
 #endif

@@ -10,7 +10,7 @@
 #include "base/yaml.h"
 #include "runtime/config_value.h"
 
-enum { MAX_NAMES = 128, MAX_KEYS = 64 };
+enum { MAX_NAMES = 128, MAX_KEYS = 128 };
 
 int config_defaults(struct config *config)
 {

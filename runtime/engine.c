@@ -27,7 +27,7 @@ static int open_phases(struct engine *e, const struct config *config, struct che
     TRY(agree(e, engine__allocate(e, *checkpoint), "memory", "load"));
     TRY(agree(e, engine__load(e, *checkpoint), "load", "warm"));
     TRY(agree(e, engine__warm(e), "warm", "ready"));
-    if (e->scheduler) scheduler_use_policy(e->scheduler, e->resources.policy.vt->name);
+    if (e->scheduler) scheduler_use_policy(e->scheduler, &e->resources.policy);
     liveness_step_end(e->liveness); /* the caller began the watch, when it joined the ranks */
     return OK;
 }
@@ -193,7 +193,6 @@ int engine_set_policy(struct engine *e, const struct policy_config *config)
     memcpy((struct policy_config *)v.policy, config, sizeof *config);
     TRY(exchange(e));
     TRY(resources_set_policy(&e->resources, config));
-    scheduler_use_policy(e->scheduler, vt->name);
     return OK;
 }
 

@@ -100,7 +100,7 @@ void scheduler_close(struct scheduler *s)
 
 void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokenizer) { s->tokenizer = tokenizer; }
 
-void scheduler_use_policy(struct scheduler *s, const char *name) { s->facts.policy = name; }
+void scheduler_use_policy(struct scheduler *s, const struct policy *policy) { s->facts.policy = policy; }
 
 int scheduler_max_running(const struct scheduler *s) { return s->max_running; }
 

@@ -28,9 +28,9 @@ struct scheduler_options {
 
 int scheduler_open(const struct scheduler_options *options, struct scheduler **out) MUST_CHECK;
 void scheduler_close(struct scheduler *s);
-/* What completions need; before the first submit. The tokenizer must outlive the scheduler; name is static text. */
+/* What completions need; before the first submit. Tokenizer and policy must outlive the scheduler. */
 void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokenizer);
-void scheduler_use_policy(struct scheduler *s, const char *name);
+void scheduler_use_policy(struct scheduler *s, const struct policy *policy);
 
 /* scheduler_submit - see engine_submit; `judging`: rows that the policy needs in the prompt's last chunk (1: none). */
 int scheduler_submit(struct scheduler *s, struct request *request, struct sink sink, int judging) MUST_CHECK;

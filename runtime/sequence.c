@@ -133,14 +133,14 @@ static int64_t kept_bytes(const struct sequence *seq, const struct sequence_fact
     return tokens * facts->token_bytes / facts->n_layers;
 }
 
-/* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1): every token kept of the
- * prompt and what follows it. A policy whose steps read a selection, or more than K and V, has its own count here.
- */
+/* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1), by the policy's count. */
 static double step_bytes(const struct sequence *seq, const struct sequence_facts *facts, int i)
 {
-    int64_t tokens = 0;
-    for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + seq->n_behind + i;
-    return (double)tokens * (double)facts->token_bytes / facts->n_layers;
+    const struct policy_sequence asked = {.prompt_tokens = seq->request.n_ids, .budget = seq->request.budget};
+    double kept = 0;
+    for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
+    struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i - 1);
+    return reads.tokens * (double)facts->token_bytes + (double)reads.beside_bytes;
 }
 
 static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts)
@@ -165,7 +165,7 @@ int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, 
                               .turn = seq->turn,
                               .more = r->n_followup && reason != FINISH_ABORT,
                               .prompt_tokens = r->n_ids,
-                              .policy = facts->policy,
+                              .policy = facts->policy->vt->name,
                               .budget = r->budget,
                               .kept_tokens_per_layer = seq->kept,
                               .n_layers = seq->kept ? facts->n_layers : 0,

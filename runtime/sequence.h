@@ -47,7 +47,7 @@ int sequence_continue(struct sequence *seq, const struct tokenizer *tokenizer) M
 
 /* What every completion of an engine shares. */
 struct sequence_facts {
-    const char *policy;
+    const struct policy *policy;
     int n_layers;
     int64_t token_bytes; /* K and V of one token over all layers and ranks */
     const int *eos_ids;

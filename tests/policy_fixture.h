@@ -24,7 +24,6 @@ struct bench {
     struct policy_sequence sequence;
     struct image_span *spans;
     int L, H, G, m, extra, d, q_first, q_rows;
-    int L, H, G, m, n_keys, d, q_first, q_rows;
     float *Q, *K;
     void *state;
 };
@@ -53,7 +52,6 @@ static inline void deal_heads(struct bench *b)
         lane += s.kv_count;
     }
     int pages = (b->m + b->extra + 15) / 16;
-    int pages = (b->n_keys + 15) / 16;
     b->kv = fixture_cache(b->f, 1, lane, pages, lane * pages, 16, b->d);
 }
 
@@ -92,7 +90,6 @@ static inline struct policy_env bench_env(struct bench *b)
                                .n_layers = b->L,
                                .g_n_heads = b->H,
                                .max_context = b->m + b->extra,
-                               .max_context = b->n_keys,
                                .max_prompt_tokens = b->m};
 }
 
@@ -120,15 +117,12 @@ static inline struct bench bench_open(const cJSON *inputs, const char *name)
     b.extra = vectors_int(x, "extra");
     int n_keys = b.m + b.extra;
     b.q_rows = n_keys - b.q_first;
-    b.n_keys = b.m + vectors_int(x, "extra");
-    b.q_rows = b.n_keys - b.q_first;
     b.Q = vectors_array(vectors_get(x, "Q"), NULL);
     b.K = vectors_array(vectors_get(x, "K"), NULL);
     b.sequence = (struct policy_sequence){.prompt_tokens = b.m, .last_turn_start = vectors_int(x, "last_turn_start")};
     read_spans(&b, vectors_get(x, "spans"));
     deal_heads(&b);
     for (int l = 0; l < b.L; l++) append_keys(&b, l, 0, b.m);
-    for (int l = 0; l < b.L; l++) append_keys(&b, l, b.n_keys);
     return b;
 }
 

@@ -160,7 +160,7 @@ static int cluster_kv_begin(struct policy *policy, const struct policy_sequence 
 {
     struct cluster_kv *s = policy->state;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
-    if (!s->slot) return OK;
+    if (!s->slot || sequence->continues) return OK; /* a follow-up's tokens wait for their window like generated ones */
     struct slot *own = &s->slot[sequence->slot];
     const int m = sequence->prompt_tokens, first = least(options->sinks, m);
     *own = (struct slot){.runs = policy_runs(policy, sequence),
@@ -210,22 +210,23 @@ static int cluster_kv_attend(struct policy *policy, const struct policy_decode *
     return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
 }
 
-static struct policy_reads cluster_kv_reads(const struct policy *policy, int slot, double lane_tokens)
+static struct policy_reads cluster_kv_reads(const struct policy *policy, const struct policy_sequence *sequence,
+                                            double kept, int before)
 {
     const struct cluster_kv *s = policy->state;
     const struct policy_env *env = &policy->env;
-    const struct slot *own = s->slot ? &s->slot[slot] : NULL;
-    if (!own || !own->runs || !own->n_clusters || own->budget >= own->end - own->first)
-        return (struct policy_reads){lane_tokens, 0};
-    const struct attention_heads *heads = &env->layers[0].heads;
-    const int full = policy->config.cluster_kv.full_layers, clustered = env->n_layers - full;
-    const int64_t g_kv_heads = env->g_n_heads / (heads->n_heads / heads->n_kv_heads);
-    const int64_t lane_bytes =
-        own->n_clusters * (heads->head_dim * (int64_t)dtype_size(env->ops->dtype) + (int64_t)sizeof(int32_t)) +
-        own->budget * (int64_t)sizeof(int32_t);
-    const double listed = lane_tokens - (own->end - own->first) + own->budget;
-    return (struct policy_reads){(full * lane_tokens + clustered * listed) / env->n_layers,
-                                 g_kv_heads * clustered * lane_bytes};
+    const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    const int m = sequence->prompt_tokens, keys = m - least(options->sinks, m), blocks = before / options->window;
+    const int clustered = keys + blocks * options->window, budget = eviction_tokens(sequence->budget, m);
+    const int n_clusters =
+        (keys ? cluster_kv_count(options, m, keys) : 0) + blocks * least(options->window_clusters, options->window);
+    const double lane = kept + before + 1;
+    if (!s->slot || !n_clusters || budget >= clustered) return (struct policy_reads){lane, 0};
+    const int full = options->full_layers, layers = env->n_layers - full;
+    const int64_t centroid = env->kv->head_dim * (int64_t)dtype_size(env->ops->dtype) + (int64_t)sizeof(int32_t);
+    return (struct policy_reads){(full * lane + layers * (lane - clustered + budget)) / env->n_layers,
+                                 (int64_t)policy_kv_heads(policy) * layers *
+                                     (n_clusters * centroid + budget * (int64_t)sizeof(int32_t))};
 }
 
 const struct policy_vt policy_cluster_kv = {

@@ -102,6 +102,14 @@ static int h2o_decode_attention(struct policy *policy, const struct policy_decod
     return ops_heavy_decode(env->ops, in->q, in->position, in->batch, env->kv, heads, &h->heavy);
 }
 
+/* Lanes do not grow: a step reads what was kept and its own token. */
+static struct policy_reads h2o_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                     int before)
+{
+    (void)policy, (void)sequence, (void)before;
+    return (struct policy_reads){kept + 1, 0};
+}
+
 const struct policy_vt policy_h2o = {
     .name = "h2o",
     .paper = "H2O, arXiv 2306.14048",
@@ -114,4 +122,5 @@ const struct policy_vt policy_h2o = {
     .select = h2o_select,
     .begin_decode = h2o_begin_decode,
     .decode_attention = h2o_decode_attention,
+    .reads = h2o_reads,
 };

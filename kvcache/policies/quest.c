@@ -4,6 +4,7 @@
  * hand, the most that a key of the page could give; each KV head reads the pages with the highest such bound, taken
  * over the query heads of its group. The first layers read everything, as in the paper: their attention is spread. All
  * is local to a rank, and the newest page has no privilege. */
+#include <math.h>
 #include <stdlib.h>
 
 #include "kvcache/eviction.h"
@@ -68,6 +69,20 @@ static int quest_decode_attention(struct policy *policy, const struct policy_dec
     return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
 }
 
+static struct policy_reads quest_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                       int before)
+{
+    const struct policy_env *env = &policy->env;
+    const int size = env->kv->page_size, most = policy->config.quest.full_layers;
+    const int full = most < env->n_layers ? most : env->n_layers, layers = env->n_layers - full;
+    const double lane = kept + before + 1, pages = ceil(lane / size);
+    const int limit = quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, size);
+    if (limit >= pages) return (struct policy_reads){lane, 0};
+    const double bounds = 2.0 * env->kv->head_dim * (double)dtype_size(env->ops->dtype);
+    return (struct policy_reads){(full * lane + layers * (double)limit * size) / env->n_layers,
+                                 (int64_t)(policy_kv_heads(policy) * layers * pages * bounds)};
+}
+
 const struct policy_vt policy_quest = {
     .name = "quest",
     .paper = "Quest, arXiv 2406.10774",
@@ -75,4 +90,5 @@ const struct policy_vt policy_quest = {
     .close = quest_close,
     .begin_decode = quest_begin_decode,
     .decode_attention = quest_decode_attention,
+    .reads = quest_reads,
 };

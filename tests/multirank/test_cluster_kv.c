@@ -155,8 +155,8 @@ static void append(struct bench *b, const cJSON *input, const float *V, int l, i
     for (int i = 0; i < n; i++)
         for (int h = 0; h < heads->n_kv_heads; h++) {
             const size_t g = (size_t)(b->shards[l].kv_first + h), G = (size_t)b->G;
-            const size_t in_k = (((size_t)l * G + g) * (size_t)b->n_keys + (size_t)(first + i)) * d;
-            const size_t in_v = (((size_t)v_layer * G + g) * (size_t)b->n_keys + (size_t)(first + i)) * d;
+            const size_t in_k = (((size_t)l * G + g) * (size_t)(b->m + b->extra) + (size_t)(first + i)) * d;
+            const size_t in_v = (((size_t)v_layer * G + g) * (size_t)(b->m + b->extra) + (size_t)(first + i)) * d;
             memcpy(k + (size_t)i * row + (size_t)h * d, b->K + in_k, d * sizeof *k);
             if (v_layer >= 0) memcpy(v + (size_t)i * row + (size_t)h * d, V + in_v, d * sizeof *v);
         }
@@ -235,7 +235,7 @@ static void check_output(struct bench *b, int l, int head, int position, const c
     const struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
     struct tensor q = queries(b, l, position, 1), out = q;
     out.data = fixture_take(b->f, tensor_bytes(q));
-    const struct policy_decode in = {l, out, q, &batch};
+    const struct policy_decode in = {.layer = l, .out = out, .q = q, .batch = &batch};
     CHECK_OK(b->policy.vt->decode_attention(&b->policy, &in));
     for (int g = 0; g < group; g++)
         for (int d = 0; d < b->d; d++) {
@@ -247,7 +247,7 @@ static void check_output(struct bench *b, int l, int head, int position, const c
 static void check_selection(struct bench *b, const cJSON *selection)
 {
     const cJSON *output = cJSON_GetObjectItem(selection, "output");
-    int32_t *entry = fixture_take(b->f, (size_t)(b->n_keys + 16) * sizeof *entry);
+    int32_t *entry = fixture_take(b->f, (size_t)((b->m + b->extra) + 16) * sizeof *entry);
     const int n = select_head(b, selection, entry);
     if (!cJSON_IsTrue(vectors_get(selection, "safe"))) return;
     const cJSON *want = vectors_get(selection, "selected_sorted");
@@ -311,8 +311,8 @@ static void check_state(struct bench *b, const cJSON *want)
     for (int i = 0; i < cJSON_GetArraySize(sizes); i++)
         CHECK(c->size[lane * c->max_clusters + i] == cJSON_GetArrayItem(sizes, i)->valueint);
     check_output(b, 0, vectors_int(want, "head"), length - 1, vectors_get(want, "output"));
-    const struct policy_reads reads = policy_slot_reads(&b->policy, 0, length);
-    CHECK((int)reads.tokens == vectors_int(want, "attended"));
+    const struct policy_reads reads = policy_step_reads(&b->policy, &b->sequence, b->m, vectors_int(want, "generated"));
+    CHECK((int)reads.tokens == vectors_int(want, "attended") + 1); /* of the next step, with its own token */
     CHECK(reads.beside_bytes ==
           (int64_t)b->G * b->L * (c->state->n_clusters * (b->d * 4 + 4) + vectors_int(want, "B") * 4));
 }
@@ -326,7 +326,7 @@ static void check_decode(const cJSON *inputs, const cJSON *c)
     const cJSON *input = vectors_get(vectors_get(inputs, "inputs"), vectors_string(c, "input"));
     const int first = cluster_kv_clusters(&b.policy)->state->n_clusters;
     const int32_t slot = 0;
-    for (int t = 1; t <= b.n_keys - b.m; t++) {
+    for (int t = 1; t <= b.extra; t++) {
         for (int l = 0; l < b.L; l++) append(&b, input, V, l, b.m + t - 1, 1);
         CHECK_OK(b.policy.vt->decode_end(&b.policy, &slot, 1));
         cJSON_ArrayForEach (item, vectors_get(c, "states")) {
@@ -419,12 +419,13 @@ static void test_batch(void)
         for (int l = 0; l < LAYERS; l++) {
             CHECK_OK(ops_kv_append(&e.f->ops, &e.kv, &e.layers[l].heads, fixture_3d(e.f, SLOTS + 1, KV_HEADS, DIM, 0),
                                    fixture_3d(e.f, SLOTS + 1, KV_HEADS, DIM, 0), &all));
-            struct policy_decode in = {l, out, q, &all};
+            struct policy_decode in = {.layer = l, .out = out, .q = q, .batch = &all};
             CHECK_OK(e.policy.vt->decode_attention(&e.policy, &in));
             CHECK_OK(ops_attention_decode(&e.f->ops, whole, q, &all, &e.kv, &e.layers[l].heads));
             for (int i = 0; i <= SLOTS; i++) {
                 struct seq_batch one = {.n_seqs = 1, .n_tokens = 1, .slot = &slots[i]};
-                struct policy_decode own = {l, tensor_rows(alone, i, 1), tensor_rows(q, i, 1), &one};
+                struct policy_decode own = {
+                    .layer = l, .out = tensor_rows(alone, i, 1), .q = tensor_rows(q, i, 1), .batch = &one};
                 CHECK_OK(e.policy.vt->decode_attention(&e.policy, &own));
                 const int listed =
                     l > 0 && (slots[i] == 0 || slots[i] == 1 || slots[i] == 4 || (slots[i] == 2 && step > 31));
@@ -435,8 +436,10 @@ static void test_batch(void)
         const int32_t advanced[SLOTS] = {3, 0, 4, 1, 2};
         CHECK_OK(e.policy.vt->decode_end(&e.policy, advanced, SLOTS));
     }
-    const struct policy_reads short_prompt = policy_slot_reads(&e.policy, 2, 49),
-                              all = policy_slot_reads(&e.policy, 3, 120);
+    const struct policy_sequence nine = {.prompt_tokens = 9, .budget = {0.1, 0}},
+                                 whole = {.prompt_tokens = 80, .budget = {1, 0}};
+    const struct policy_reads short_prompt = policy_step_reads(&e.policy, &nine, 9, 39),
+                              all = policy_step_reads(&e.policy, &whole, 80, 39);
     CHECK(all.tokens == 120 && all.beside_bytes == 0);
     /* 9 tokens and 40 generated: 32 of them in 4 clusters, of which the budget of 1 token is read in 2 layers of 3 */
     CHECK(fabs(short_prompt.tokens - (49 + 2 * (49 - 32 + 1)) / 3.0) < 1e-12);

@@ -81,7 +81,9 @@ static struct sim *sim_open(int max_len, int batched, int queued, int64_t total)
     struct scheduler_options options = {&s->config, &s->dims, s->pages, TOKEN_BYTES, IMAGE_BYTES};
     CHECK_OK(scheduler_open(&options, &s->scheduler));
     scheduler_use_tokenizer(s->scheduler, tokenizer);
-    scheduler_use_policy(s->scheduler, "made up");
+    static const struct policy_vt made_up = {.name = "made up"};
+    static const struct policy policy = {.vt = &made_up};
+    scheduler_use_policy(s->scheduler, &policy);
     for (int i = 0; i < SLOTS; i++) s->slot[i].job = -1;
     return s;
 }
