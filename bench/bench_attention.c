@@ -220,7 +220,7 @@ void bench_prefill(struct bench *b)
 
 /* A chain of layers, at least eight, as a step's graph has them: one may begin while the one before ends. The list of
  * work is made for lanes one token shorter, as before the step's append. */
-static void bench_decode_shape(struct bench *b, struct attention_shape s, const char *variant)
+static void bench_decode_shape(struct bench *b, struct attention_shape s)
 {
     enum { LEAST_LAYERS = 8 };
     char name[160];
@@ -236,28 +236,10 @@ static void bench_decode_shape(struct bench *b, struct attention_shape s, const 
     bench_demand(ops_decode_begin(&b->ops, &batch, &a.kv));
     restore_cache(&a, 0);
     double took = bench_time(b, decode_layers, &a, true) / a.n_layers, gbs = bytes / a.n_layers / took * 1e-9;
-    snprintf(name, sizeof name, "%d x %d%s, %d/%d heads of %d%s", s.n_seqs, s.length, s.uneven ? " uneven" : "",
-             s.n_heads, s.n_kv_heads, HEAD_DIM, variant);
+    snprintf(name, sizeof name, "%d x %d%s, %d/%d heads of %d", s.n_seqs, s.length, s.uneven ? " uneven" : "",
+             s.n_heads, s.n_kv_heads, HEAD_DIM);
     bench_report(b, "decode", name, "us", took * 1e6, "gbs", gbs, "of_copy", gbs / b->ceilings.copy_gbs, NULL);
     close_attention(&a);
-}
-
-/* With VITRAIL_DECODE_VARIANTS set: sizes and numbers of pieces, for few sequences and for many. */
-static void bench_decode_variants(struct bench *b, struct attention_shape s)
-{
-    static const char *const choices[2][5][2] = {
-        {{"128", "32"}, {"128", "64"}, {"128", "96"}, {"256", "48"}, {"64", "48"}},
-        {{"256", "48"}, {"384", "48"}, {"704", "48"}, {"1024", "48"}, {"2048", "48"}}};
-    for (int i = 0; i < 5 && s.length >= 2048; i++) {
-        const char *const *choice = choices[s.n_seqs >= 16][i];
-        char variant[64];
-        (void)setenv("VITRAIL_DECODE_SPLIT", choice[0], 1);
-        (void)setenv("VITRAIL_DECODE_PIECES", choice[1], 1);
-        snprintf(variant, sizeof variant, ", pieces of %s, %s at most", choice[0], choice[1]);
-        bench_decode_shape(b, s, variant);
-    }
-    (void)unsetenv("VITRAIL_DECODE_SPLIT");
-    (void)unsetenv("VITRAIL_DECODE_PIECES");
 }
 
 void bench_decode(struct bench *b)
@@ -266,10 +248,7 @@ void bench_decode(struct bench *b)
         {64, 2048, 32, 8, false},  {1, 32768, 32, 8, false}, {4, 32768, 32, 8, false},
         {1, 131072, 32, 8, false}, {1, 2048, 32, 8, false},  {32, 2048, 40, 40, false},
         {64, 205, 32, 8, false},   {64, 205, 32, 8, true},   {1, 576, 40, 40, false}};
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        bench_decode_shape(b, shapes[i], "");
-        if (getenv("VITRAIL_DECODE_VARIANTS")) bench_decode_variants(b, shapes[i]);
-    }
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) bench_decode_shape(b, shapes[i]);
 }
 
 /* ---- the small kernels of a decode step of Llama-3-8B's shape ---- */

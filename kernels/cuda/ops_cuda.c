@@ -183,23 +183,14 @@ static int download_marked(struct ops *o, void *to_host, const void *from, size_
 
 /* ---- scratch ---- */
 
-/* Read once, for measuring: the value of an environment variable, or what is right without. */
-static int chosen(const char *name, int otherwise, int most)
-{
-    const char *text = getenv(name);
-    const long value = text ? strtol(text, NULL, 10) : 0;
-    return value > 0 && value <= most ? (int)value : otherwise;
-}
-
 /* Lanes are cut into pieces of this many tokens, long ones into so many larger pieces: fixed by the configuration, so
  * that a sequence's result does not depend on its neighbours. Few lanes need many pieces to fill the device. A long
  * lane's pieces are as many as eight heads need to give every block one. */
 static void choose_pieces(struct cuda *c, const struct ops_limits *limits)
 {
-    enum { SHORT = 128, LONG = 512, MANY_SEQUENCES = 16, MOST_PIECES = 48, PLACES = 128 };
-    const bool few = limits->max_seqs < MANY_SEQUENCES;
-    c->split_tokens = chosen("VITRAIL_DECODE_SPLIT", few ? SHORT : LONG, 1 << 20);
-    c->most_pieces = chosen("VITRAIL_DECODE_PIECES", MOST_PIECES, PLACES);
+    enum { SHORT = 64, LONG = 704, MANY_SEQUENCES = 16, MOST_PIECES = 48 };
+    c->split_tokens = limits->max_seqs < MANY_SEQUENCES ? SHORT : LONG;
+    c->most_pieces = MOST_PIECES;
 }
 
 /* What lives from one launch to the next, in front of the families' scratch. */
