@@ -98,8 +98,8 @@ int cpu__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, c
             add_attention(cpu__of(o)->vector, &a, cpu__row(q, row) + (int64_t)(head * group + j) * heads->head_dim,
                           heads->scale);
         for (int worst; n > a.limit && (worst = worst_of(&a, n, position[row])) >= 0; n--) drop(&a, worst, n - 1);
-        if (lane__pages(kv, n) < lane__pages(kv, kv->lane_len[a.lane]))
-            kv->free_stack[(*kv->free_count)++] = lane__page_row(kv, a.lane)[lane__pages(kv, n)];
+        for (int page = lane__pages(kv, kv->lane_len[a.lane]) - 1; page >= lane__pages(kv, n); page--)
+            kv->free_stack[(*kv->free_count)++] = lane__page_row(kv, a.lane)[page];
         kv->lane_len[a.lane] = n;
     }
     return OK;
