@@ -82,6 +82,17 @@ struct attention_probe {
     int64_t *kept;     /* [n_heads] entries at or above the threshold; NULL: not wanted */
 };
 
+/* What future queries are expected to be, and whom they would attend to: see ops_expected_attention. Query row i has
+ * position first_position + i; the keys are the first_position + n_rows first ones of each lane. */
+struct expected_attention {
+    int slot, n_rows, first_position;
+    int sinks;  /* rows and keys at positions before this one do not take part; below first_position + n_rows */
+    int future; /* positions after the last row that queries are expected at, from 1 on */
+    const float *inverse_frequency; /* [head_dim / 2] device, of the rotation; NULL: q is compared as it is */
+    float epsilon;
+    float *score; /* [n_kv_heads, first_position + n_rows] */
+};
+
 /* Rows of scores that share one budget: see ops_split_budgets. */
 struct budget_group {
     int first_row, n_rows;
@@ -313,6 +324,8 @@ struct ops_vt {
     int (*sum_fixed)(struct ops *o, int64_t *sum, struct tensor x, double scale);
     int (*select_rows)(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
                        int n_choices);
+    int (*expected_attention)(struct ops *o, struct tensor q, const struct kv_view *kv,
+                              const struct attention_heads *heads, const struct expected_attention *expected);
     int (*unshard_columns)(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count);
     int (*sample)(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
     int (*sampling_begin)(struct ops *o, const struct sampling_state *state, int slot,
@@ -548,6 +561,13 @@ int ops_sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale) MU
  * <= n_competing. A choice writes n_rows - n_competing + keep numbers, right after those of the one before. */
 int ops_select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
                     int n_choices) MUST_CHECK;
+/* ops_expected_attention - scores keys by the attention that queries to come should pay them, drawn from a Gaussian:
+ * mean mu and population covariance Sigma, for each head, of the rows before their rotation, turned by the mean
+ * rotation over the `future` positions. With c = heads->scale, per head and key z = c k.mu + c^2 / 2 * k Sigma k, a =
+ * softmax of z over the keys from `sinks` on; score = (mean of a over the group's heads + epsilon) * |v|, and +infinity
+ * for keys before `sinks`. q [n_rows, n_heads, head_dim] post-RoPE; lanes as attention_probe finds them. */
+int ops_expected_attention(struct ops *o, struct tensor q, const struct kv_view *kv,
+                           const struct attention_heads *heads, const struct expected_attention *expected) MUST_CHECK;
 /* ops_unshard_columns - y [n, sum of count] from shards [ranks, n, widest]: rank r's first host_count[r] columns. */
 int ops_unshard_columns(struct ops *o, struct tensor y, struct tensor shards, const int32_t *host_count) MUST_CHECK;
 /* ops_sample - samples one token for each row: logits [n, vocab] float32 (overwritten), slot [n] device (< 0: padding).

@@ -6,9 +6,18 @@
 
 #include "base/nearest.h"
 
-static const struct policy_vt *const policies[] = {
-    &policy_full,   &policy_vl_cache, &policy_snapkv, &policy_pyramid_kv,    &policy_streaming_llm,
-    &policy_random, &policy_h2o,      &policy_quest,  &policy_pyramid_infer, &policy_cluster_kv};
+static const struct policy_vt *const policies[] = {&policy_full,
+                                                   &policy_vl_cache,
+                                                   &policy_snapkv,
+                                                   &policy_pyramid_kv,
+                                                   &policy_streaming_llm,
+                                                   &policy_random,
+                                                   &policy_h2o,
+                                                   &policy_quest,
+                                                   &policy_pyramid_infer,
+                                                   &policy_cluster_kv,
+                                                   &policy_expected_attention,
+                                                   &policy_tova};
 enum { N_POLICIES = sizeof policies / sizeof *policies };
 
 /* The policy that keeps everything: no hooks. */

@@ -95,6 +95,15 @@ struct cluster_kv_options {
     int group;              /* enum cluster_kv_group: a cluster's score, over the query heads of a KV head */
 };
 
+/* Options of Expected Attention. */
+struct expected_attention_options {
+    int sinks;      /* first tokens, which stay and do not count, 4 */
+    int future;     /* positions after the prompt that queries are expected at, 512 */
+    int window;     /* newest tokens that stay, 0 */
+    int max_rows;   /* model queries by the last max_rows rows only; 0: by the whole prompt, which is the paper's */
+    double epsilon; /* added to the attention before it is weighted by |v|, 0 */
+};
+
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
     char policy[32]; /* name in the registry */
@@ -109,6 +118,7 @@ struct policy_config {
     struct quest_options quest;
     struct pyramid_infer_options pyramid_infer;
     struct cluster_kv_options cluster_kv;
+    struct expected_attention_options expected_attention;
 };
 
 /* This rank's share of one layer. */
@@ -125,9 +135,10 @@ struct policy_env {
     const struct kv_view *kv;
     const struct policy_layer *layers; /* [n_layers] */
     int n_layers;
-    int g_n_heads;         /* query heads over all ranks */
-    int max_context;       /* tokens of the longest prompt */
-    int max_prompt_tokens; /* tokens of all prompts that end their prefill in one step */
+    const float *inverse_frequency; /* [head_dim / 2] device, of the queries' and keys' rotation; NULL: not rotated */
+    int g_n_heads;                  /* query heads over all ranks */
+    int max_context;                /* tokens of the longest prompt */
+    int max_prompt_tokens;          /* tokens of all prompts that end their prefill in one step */
 };
 
 /* One sequence that finishes its prompt in this step. */
@@ -261,6 +272,7 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 
 /* Registered tables. */
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
-    policy_random, policy_h2o, policy_quest, policy_pyramid_infer, policy_cluster_kv;
+    policy_random, policy_h2o, policy_quest, policy_pyramid_infer, policy_cluster_kv, policy_expected_attention,
+    policy_tova;
 
 #endif

@@ -89,6 +89,8 @@ const struct policy_layer *model_layers(const struct model *m) { return m->layer
 
 int model_lanes(const struct model *m) { return m->weights.lanes; }
 
+const float *model_inverse_frequency(const struct model *m) { return m->inverse_frequency; }
+
 double model_vision_seconds(const struct model *m) { return m->vision_seconds; }
 
 void model_watch_logits(struct model *m, void (*watch)(void *arg, struct tensor logits), void *arg)

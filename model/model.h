@@ -48,9 +48,10 @@ void model_close(struct model *model);
 const struct weights *model_weights(const struct model *model);
 
 /* model_layers - [n_layers] this rank's part of each layer, for the policy and the KV cache. model_lanes - lanes of a
- * slot. */
+ * slot. model_inverse_frequency - of the rotation, [head_dim / 2] device, once placed. */
 const struct policy_layer *model_layers(const struct model *model);
 int model_lanes(const struct model *model);
+const float *model_inverse_frequency(const struct model *model);
 
 /* model_limits - what ops_reserve needs. model_reduce_bytes - the largest all-reduce, for comm_reserve. */
 struct ops_limits model_limits(const struct model *model);

@@ -38,6 +38,7 @@ static const char *const group_names[] = {"max", "mean", NULL};
 #define PYRAMID_INFER(name) "kv_cache.pyramid_infer." name
 #define PYRAMID_KV(name) "kv_cache.pyramid_kv." name
 #define CLUSTER_KV(name) "kv_cache.cluster_kv." name
+#define EXPECTED(name) "kv_cache.expected_attention." name
 
 #define MAX_BYTES 0x1p50
 
@@ -138,6 +139,16 @@ static const struct config_key table[] = {
            "clusters that they become"),
     CHOICE(CLUSTER_KV("group"), kv_cache.cluster_kv.group, "max", group_names, 0,
            "a cluster's score: the largest or the mean over the query heads of a KV head"),
+    NUMBER(EXPECTED("sinks"), CONFIG_INT, kv_cache.expected_attention.sinks, "4", 0, 1 << 20,
+           "first tokens of a prompt that stay, and whose queries do not count"),
+    NUMBER(EXPECTED("future"), CONFIG_INT, kv_cache.expected_attention.future, "512", 1, 1 << 20,
+           "positions after the prompt that queries are expected at"),
+    NUMBER(EXPECTED("window"), CONFIG_INT, kv_cache.expected_attention.window, "0", 0, 1 << 20,
+           "newest tokens that stay"),
+    NUMBER(EXPECTED("max_rows"), CONFIG_INT, kv_cache.expected_attention.max_rows, "0", 0, 1 << 20,
+           "model queries by the last so many rows only; 0: by the whole prompt"),
+    NUMBER(EXPECTED("epsilon"), CONFIG_DOUBLE, kv_cache.expected_attention.epsilon, "0", 0, 1,
+           "added to the expected attention before the value's length weighs it"),
     TEXT("allowed_local_media_path", allowed_local_media_path, ".",
          "directory under which file: URLs of requests must lie; files named on the command line may be anywhere"),
     CHOICE("load_format", load_format, "auto", load_names, 0,

@@ -118,6 +118,7 @@ static struct policy_env policy_env(const struct resources *r)
                                .kv = &r->kv,
                                .layers = model_layers(r->model),
                                .n_layers = r->dims.n_layers,
+                               .inverse_frequency = model_inverse_frequency(r->model),
                                .g_n_heads = r->dims.n_heads,
                                .max_context = r->config.max_model_len,
                                .max_prompt_tokens = resources_max_prompt_tokens(&r->config)};

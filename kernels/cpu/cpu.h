@@ -34,6 +34,7 @@ int cpu__attention_measure(const struct cpu *c, const struct ops_limits *limits,
 int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__probe_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__judge_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cpu__expected_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__sample_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
 /* memory.c */
@@ -104,6 +105,8 @@ int cpu__pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batc
 int cpu__sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale);
 int cpu__select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
                      int n_choices);
+int cpu__expected_attention(struct ops *o, struct tensor q, const struct kv_view *kv,
+                            const struct attention_heads *heads, const struct expected_attention *expected);
 int cpu__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cpu__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                         const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

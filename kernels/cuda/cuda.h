@@ -71,6 +71,7 @@ int cuda__kv_measure(const struct cuda *c, const struct ops_limits *limits, stru
 int cuda__decode_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__listed_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__probe_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__expected_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
 /* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
@@ -174,6 +175,8 @@ int cuda__pick_pages(struct ops *o, struct tensor q, const struct seq_batch *bat
 int cuda__sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale);
 int cuda__select_rows(struct ops *o, int32_t *index, const int64_t *score, const struct row_choice *choice,
                       int n_choices);
+int cuda__expected_attention(struct ops *o, struct tensor q, const struct kv_view *kv,
+                             const struct attention_heads *heads, const struct expected_attention *expected);
 int cuda__sample(struct ops *o, struct tensor logits, const int32_t *slot, const struct sampling_state *state);
 int cuda__sampling_begin(struct ops *o, const struct sampling_state *state, int slot,
                          const struct sampling_params *params, const int32_t *prompt_ids, int n_prompt);

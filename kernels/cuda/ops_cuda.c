@@ -211,7 +211,8 @@ static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
     static int (*const families[])(const struct cuda *, const struct ops_limits *, struct arena *) = {
-        cuda__kv_measure, cuda__decode_measure, cuda__listed_measure, cuda__probe_measure, cuda__sample_measure};
+        cuda__kv_measure,    cuda__decode_measure,   cuda__listed_measure,
+        cuda__probe_measure, cuda__expected_measure, cuda__sample_measure};
     struct cuda *c = cuda__of(o), planned = *c;
     struct arena arena;
     size_t most = ARENA_ALIGNMENT;
@@ -312,6 +313,7 @@ const struct ops_vt ops_cuda = {
     .pick_pages = cuda__pick_pages,
     .sum_fixed = cuda__sum_fixed,
     .select_rows = cuda__select_rows,
+    .expected_attention = cuda__expected_attention,
     .unshard_columns = cuda__unshard_columns,
     .sample = cuda__sample,
     .sampling_begin = cuda__sampling_begin,

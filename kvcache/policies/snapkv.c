@@ -1,4 +1,5 @@
-/* SnapKV (arXiv 2404.14469) and PyramidKV (arXiv 2406.02069), which scores as SnapKV and differs in its budgets.
+/* SnapKV (arXiv 2404.14469), PyramidKV (arXiv 2406.02069), which scores as SnapKV and differs in its budgets, and TOVA
+ * (arXiv 2401.06104), whose window is the last row alone and which does not average.
  *
  * The newest rows of the prompt (the observation window) judge: a token's score is the attention that they pay to it,
  * averaged over neighbouring tokens so that clusters stay whole. Each KV head keeps the window and its best tokens
@@ -15,11 +16,12 @@ struct snapkv {
     int *window; /* [n_layers] host */
 };
 
-/* Window and kernel of whichever of the two this is. */
+/* Window and kernel of whichever of them this is. */
 static struct snapkv_options options_of(const struct policy *policy)
 {
     const struct pyramid_kv_options *pyramid = &policy->config.pyramid_kv;
     if (policy->vt == &policy_pyramid_kv) return (struct snapkv_options){pyramid->window, pyramid->kernel};
+    if (policy->vt == &policy_tova) return (struct snapkv_options){1, 1};
     return policy->config.snapkv;
 }
 
@@ -125,5 +127,17 @@ const struct policy_vt policy_pyramid_kv = {
     .judging_rows = snapkv_rows,
     .prefill_layer = snapkv_prefill_layer,
     .prefill_end = pyramid_kv_prefill_end,
+    .select = snapkv_select,
+};
+
+/* Each KV head by the mean of its own query heads; the paper's own code takes one set a layer by the mean of all. */
+const struct policy_vt policy_tova = {
+    .name = "tova",
+    .paper = "TOVA, arXiv 2401.06104",
+    .open = snapkv_open,
+    .close = snapkv_close,
+    .judging_rows = snapkv_rows,
+    .prefill_layer = snapkv_prefill_layer,
+    .prefill_end = eviction_budgets,
     .select = snapkv_select,
 };
