@@ -25,6 +25,7 @@ struct bench {
     struct image_span *spans;
     int L, H, G, m, extra, d, q_first, q_rows;
     float *Q, *K;
+    const float *inverse_frequency; /* NULL: Q is taken as it is */
     void *state;
 };
 
@@ -81,6 +82,26 @@ static inline void append_keys(struct bench *b, int l, int first, int n)
     CHECK_OK(ops_kv_append(&b->f->ops, &b->kv, &b->layers[l].heads, k, v, &batch));
 }
 
+/* Puts the input's values of layer l into this rank's lanes. */
+static inline void put_values(struct bench *b, const cJSON *input, int l)
+{
+    const cJSON *item;
+    int at = 0, found = -1;
+    cJSON_ArrayForEach (item, vectors_get(input, "v_layers")) {
+        if (item->valueint == l) found = at;
+        at++;
+    }
+    CHECK(found >= 0);
+    float *V = vectors_array(vectors_get(input, "V"), NULL);
+    for (int h = 0; h < b->shards[l].kv_count; h++)
+        for (int i = 0; i < b->m; i++) {
+            size_t lane = (size_t)found * (size_t)b->G + (size_t)(b->shards[l].kv_first + h);
+            float *to = (float *)(uintptr_t)fixture_value(&b->kv, b->layers[l].heads.lane + h, i);
+            memcpy(to, V + (lane * (size_t)(b->m + b->extra) + (size_t)i) * (size_t)b->d, (size_t)b->d * sizeof *to);
+        }
+    free(V);
+}
+
 static inline struct policy_env bench_env(struct bench *b)
 {
     return (struct policy_env){.ops = &b->f->ops,
@@ -88,6 +109,7 @@ static inline struct policy_env bench_env(struct bench *b)
                                .kv = &b->kv,
                                .layers = b->layers,
                                .n_layers = b->L,
+                               .inverse_frequency = b->inverse_frequency,
                                .g_n_heads = b->H,
                                .max_context = b->m + b->extra,
                                .max_prompt_tokens = b->m};

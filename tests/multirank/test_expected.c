@@ -23,26 +23,6 @@ static void judge(struct bench *b, const struct policy_config *config)
     observe(b, b->m - rows, rows);
 }
 
-/* Puts the input's values of layer l into this rank's lanes. */
-static void put_values(struct bench *b, const cJSON *input, int l)
-{
-    const cJSON *item;
-    int at = 0, found = -1;
-    cJSON_ArrayForEach (item, vectors_get(input, "v_layers")) {
-        if (item->valueint == l) found = at;
-        at++;
-    }
-    CHECK(found >= 0);
-    float *V = vectors_array(vectors_get(input, "V"), NULL);
-    for (int h = 0; h < b->shards[l].kv_count; h++)
-        for (int i = 0; i < b->m; i++) {
-            size_t lane = (size_t)found * (size_t)b->G + (size_t)(b->shards[l].kv_first + h);
-            float *to = (float *)(uintptr_t)fixture_value(&b->kv, b->layers[l].heads.lane + h, i);
-            memcpy(to, V + (lane * (size_t)(b->m + b->extra) + (size_t)i) * (size_t)b->d, (size_t)b->d * sizeof *to);
-        }
-    free(V);
-}
-
 static bool near(double got, double want) { return fabs(got - want) <= 1e-4 * fabs(want) + 1e-8; }
 
 /* ---- Expected Attention ---- */
