@@ -152,7 +152,7 @@ static int check_request(const struct scheduler *s, const struct request *r, int
     if (!chunk_possible(r->n_ids, c->max_num_batched_tokens, r->spans, r->n_images, judging))
         FAIL(ERR_REQUEST,
              "prompt of %d tokens cannot be cut into chunks of max_num_batched_tokens %d: its last %d tokens judge the "
-             "cache together; raise that key or set kv_cache.vl_cache.max_rows",
+             "cache together; raise that key, or set max_rows of vl_cache or expected_attention",
              r->n_ids, c->max_num_batched_tokens, judging);
     return OK;
 }
