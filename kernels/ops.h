@@ -552,9 +552,6 @@ int ops_pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch
 /* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even
  * to a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added
  * where. Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */
-/* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even
- * to a multiple of 2^-40 before it is added; sum [n] int64 in units of 2^-40, so the same whatever rows are added
- * where. Magnitudes up to 2^13 are exact, larger ones and NaN are cut (NaN: 0). No rows: zeros. */
 int ops_sum_fixed(struct ops *o, int64_t *sum, struct tensor x, double scale) MUST_CHECK;
 /* ops_select_rows - the rows that stay, choice after choice: index[...] = first_row + place, ascending in each. Those
  * with the highest score [...] int64 (device) win; equal scores: the lower place. choice: host [n_choices], 0 <= keep

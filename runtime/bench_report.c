@@ -22,7 +22,7 @@ void bench__print_head(const struct bench *b)
         fprintf(o->table, "; %d image%s of %d tokens in a prompt, beside the text", o->n_images,
                 o->n_images == 1 ? "" : "s", engine_dims(b->engine)->vision.n_image_tokens);
     if (o->find_batch) fprintf(o->table, "; batch: the most that run at once, * bound by max_num_seqs");
-    fprintf(o->table, "\n%-14s %8s %7s %7s %11s %8s %10s %8s %10s %9s", "policy", "budget", "prompt", "batch",
+    fprintf(o->table, "\n%-18s %8s %7s %7s %11s %8s %10s %8s %10s %9s", "policy", "budget", "prompt", "batch",
             "prefill ms", "of gemm", "decode ms", of_floor, "tokens/s", "KV MiB");
     if (o->n_images) fprintf(o->table, " %10s %9s", "vision ms", "images/s");
     fputc('\n', o->table);
@@ -33,7 +33,7 @@ void bench__print_run(const struct bench *b, const struct bench_run *run)
     FILE *to = b->options->table;
     char budget[32], batch[32];
     snprintf(batch, sizeof batch, "%s%d", run->at_limit ? "*" : "", run->batch);
-    fprintf(to, "%-14s %8s %7d %7s %11.2f %7.0f%% %10.3f %7.0f%% %10.1f %9.2f", run->policy,
+    fprintf(to, "%-18s %8s %7d %7s %11.2f %7.0f%% %10.3f %7.0f%% %10.1f %9.2f", run->policy,
             kv_budget_print(run->budget, budget, sizeof budget), run->prompt_len, batch, run->prefill_ms,
             100 * run->fraction_of_gemm, run->decode_ms, 100 * run->fraction_of_floor, run->tokens_per_s,
             (double)run->kv_bytes / 1048576.0);

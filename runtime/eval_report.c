@@ -53,7 +53,7 @@ static void show_answer(FILE *to, const struct eval_question *q, const struct ev
     double seconds = a->total_seconds - a->first_token_seconds;
     snprintf(name, sizeof name, "%s %s", run->config.policy,
              eval__is_full(run) ? "" : kv_budget_print(run->config.budget, budget, sizeof budget));
-    fprintf(to, "  %-14s %6d %6d %8.1f %8.2f %8.2f %9.0f %8.1f  %-5s ", name, a->prompt_tokens, a->image_tokens,
+    fprintf(to, "  %-18s %6d %6d %8.1f %8.2f %8.2f %9.0f %8.1f  %-5s ", name, a->prompt_tokens, a->image_tokens,
             a->kept_tokens, mib(a->bytes_full), mib(a->bytes_kept), a->first_token_seconds * 1e3,
             a->n_tokens > 1 && seconds > 0 ? (a->n_tokens - 1) / seconds : 0.0,
             eval__correct(q, a) ? "right" : "wrong");
@@ -63,9 +63,9 @@ static void show_answer(FILE *to, const struct eval_question *q, const struct ev
 
 void eval__show(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
 {
-    fprintf(to, "  %-14s %6s %6s %8s %8s %8s %9s %8s\n", "", "prompt", "image", "kept", "KV full", "KV kept", "first",
+    fprintf(to, "  %-18s %6s %6s %8s %8s %8s %9s %8s\n", "", "prompt", "image", "kept", "KV full", "KV kept", "first",
             "tokens");
-    fprintf(to, "  %-14s %6s %6s %8s %8s %8s %9s %8s  %-5s %s\n", "cache", "tokens", "tokens", "a layer", "MiB", "MiB",
+    fprintf(to, "  %-18s %6s %6s %8s %8s %8s %9s %8s  %-5s %s\n", "cache", "tokens", "tokens", "a layer", "MiB", "MiB",
             "token ms", "/ s", "", "answer");
     for (int i = 0; i < questions->n; i++) {
         const struct eval_question *q = &questions->question[i];
@@ -84,7 +84,7 @@ static void print_run(FILE *to, const struct eval_questions *questions, const st
     const struct eval_subset *all = &s->all;
     double kept = s->bytes_full ? 100.0 * (double)s->bytes_kept / (double)s->bytes_full : 0;
     if (all->n_likelihood) snprintf(likelihood, sizeof likelihood, "%.4f", all->log_likelihood);
-    fprintf(to, "%-14s %8s %8s %10s %6.3f %8.3f %8s %12s %10s %9.1f %9.1f %6.1f%% %9.3f %8.1f %9.1f\n",
+    fprintf(to, "%-18s %8s %8s %10s %6.3f %8.3f %8s %12s %10s %9.1f %9.1f %6.1f%% %9.3f %8.1f %9.1f\n",
             r->config.policy, kv_budget_print(r->config.budget, budget, sizeof budget), r->dtype,
             share(all->n_exact, questions->n, exact, sizeof exact), all->anls, all->token_f1,
             share(all->n_like_full, questions->n, full, sizeof full),
@@ -95,9 +95,9 @@ static void print_run(FILE *to, const struct eval_questions *questions, const st
 
 void eval__print(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
 {
-    fprintf(to, "%-14s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "", "", "", "", "", "token", "",
+    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "", "", "", "", "", "token", "",
             "", "full's", "KV full", "KV kept", "", "read/step", "", "");
-    fprintf(to, "%-14s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "policy", "budget", "dtype",
+    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "policy", "budget", "dtype",
             "exact", "ANLS", "F1", "as full", "as reference", "log-likel.", "MiB", "MiB", "kept", "MiB", "seconds",
             "tokens/s");
     for (int i = 0; i < n_runs; i++) print_run(to, questions, &runs[i]);

@@ -15,8 +15,8 @@ expect 2 'needs a value' "$vitrail" generate --prompt
 expect 2 'max-tokens' "$vitrail" $generate --prompt x --max-tokens many
 expect 1 'max_tokens' "$vitrail" $generate --prompt x --max-tokens 0
 expect 1 'temperature' "$vitrail" $generate --prompt x --temperature -1
-expect 2 'kv_cache.policy' "$vitrail" $generate --prompt x --kv-policy h2o
-expect 2 'cluster_kv' "$vitrail" $generate --prompt x --kv-policy cluster_kv
+expect 2 'kv_cache.policy' "$vitrail" $generate --prompt x --kv-policy h3o
+expect 2 "nearest: cluster_kv" "$vitrail" $generate --prompt x --kv-policy cluster_k
 expect 2 'kv_cache.budget' "$vitrail" $generate --prompt x --kv-budget 1.5
 expect 2 'kv_cache.budget' "$vitrail" $generate --prompt x --kv-budget 10%
 expect 2 'action must be error, exit' "$vitrail" $generate --prompt x --inject-fault action=melt
