@@ -435,6 +435,14 @@ int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int
     return o->vt->kv_pack(o, kv, slot, lane, n_lanes, keep, keep_stride, n_keep);
 }
 
+int ops_kv_quantise(struct ops *o, const struct kv_view *kv, int slot)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    if (kv->format == KV_PLAIN) FAIL(ERR_ARG, "ops_kv_quantise: kv.format is plain, expected an 8-bit one");
+    if (slot < 0 || slot >= kv->n_slots) FAIL(ERR_ARG, "ops_kv_quantise: slot %d, the cache has %d", slot, kv->n_slots);
+    return o->vt->kv_quantise(o, kv, slot);
+}
+
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot)
 {
     TRY(ops_check__kv(__func__, o, kv));

@@ -41,9 +41,16 @@ struct ops_limits {
     int max_lanes; /* lanes of a slot */
 };
 
+/* How a lane's keys and values are stored: in o->dtype, or as one byte an element with float32 scales of each token
+ * (kernels/quantise.h). */
+enum kv_format { KV_PLAIN, KV_INT8, KV_FP8, KV_FORMAT_N };
+
 /* The KV cache as ops see it. A page holds page_size tokens of K and V of one KV head; a lane is the cache of one
  * (sequence slot, layer, KV head): a row of page numbers and a length. lane = slot * lanes_per_slot + lane of the layer
- * + local KV head. A token's position is never derived from its place in the lane. */
+ * + local KV head. A token's position is never derived from its place in the lane.
+ *
+ * With a `format` the lanes of a prompt are plain until ops_kv_quantise rewrites them: the same page then holds
+ * kv_page_tokens of them, codes [2 (K, V), tokens, head_dim], with the scales beside the pool. */
 struct kv_view {
     struct tensor pool;  /* [n_pages, 2 (K, V) * page_size, head_dim] */
     int32_t *page_row;   /* [n_slots * lanes_per_slot, max_pages] page numbers, valid below the lane's length */
@@ -52,7 +59,16 @@ struct kv_view {
     int32_t *free_count; /* [1] */
     int32_t *error; /* [1] nonzero once a lane found the stack empty or its row full: fatal, read with the tokens */
     int page_size, head_dim, n_pages, max_pages, lanes_per_slot, n_slots;
+    enum kv_format format; /* of lanes whose prompt has ended */
+    float *scale;          /* [n_pages, 2 (K, V), kv_page_tokens of an 8-bit format]; NULL: plain lanes alone */
+    int32_t *lane_format;  /* [n_slots * lanes_per_slot] enum kv_format of each lane; NULL: all plain */
 };
+
+/* kv_page_tokens - tokens of a page in a format. */
+static inline int kv_page_tokens(const struct kv_view *kv, enum kv_format format)
+{
+    return format == KV_PLAIN ? kv->page_size : kv->page_size * (int)dtype_size(kv->pool.dtype);
+}
 
 /* Sequences of a call: rows [cu_seqlens[i], cu_seqlens[i+1]) of q, k, v belong to slot[i]. Host copies stand beside the
  * device arrays where a backend needs sizes to launch; a captured decode step uses the device arrays alone. */
@@ -198,8 +214,9 @@ struct sampling_params {
 };
 enum { MAX_LOGPROBS = 20 };
 
-/* What kv_append adds (by or) to the cache's error word; the lane in question is left as it was. */
-enum { KV_ERROR_NO_FREE_PAGE = 1, KV_ERROR_LANE_FULL = 2 };
+/* What ops on the cache add (by or) to its error word; the lane in question is left as it was. KV_ERROR_QUANTISED:
+ * prompt rows for, or a pack of, a lane that is no longer plain. */
+enum { KV_ERROR_NO_FREE_PAGE = 1, KV_ERROR_LANE_FULL = 2, KV_ERROR_QUANTISED = 4 };
 
 /* Per-slot state that sampling reads and writes; lives on the device for the whole run. */
 struct sampling_state {
@@ -306,6 +323,7 @@ struct ops_vt {
                    int keep_stride, const int32_t *n_keep);
     int (*kv_drop)(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                    int n_drops);
+    int (*kv_quantise)(struct ops *o, const struct kv_view *kv, int slot);
     int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
     /* selection and sampling */
     int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
@@ -453,7 +471,8 @@ int ops_attention_prefill(struct ops *o, struct tensor out, struct tensor q, str
  * are and its lanes change by that append alone: a GPU reads their older tokens before the append has ended. */
 int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv) MUST_CHECK;
 /* ops_attention_decode - one query row a sequence over its whole lane, after kv_append. slot < 0: padding row, out 0. A
- * row's result does not depend on the other rows of the batch. */
+ * row's result does not depend on the other rows of the batch. All lanes are in kv->format: codes times their token's
+ * scale where that is an 8-bit one. */
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                          const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
 /* ops_attention_decode_listed - the same over the listed entries of each lane alone; what the list does not name is
@@ -494,7 +513,7 @@ int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int strid
 /* ops_kv_reset - all pages free, all lanes empty. */
 int ops_kv_reset(struct ops *o, const struct kv_view *kv) MUST_CHECK;
 /* ops_kv_append - k, v [n, n_kv_heads, head_dim] rows go to the end of their sequences' lanes; pages are popped as
- * needed. */
+ * needed. A decode step's rows are quantised where the lane is. */
 int ops_kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
                   struct tensor v, const struct seq_batch *batch) MUST_CHECK;
 /* ops_rope_append - rope of q and k and kv_append in one: q [n, n_heads, head_dim] turns in place; the turned k and v
@@ -510,6 +529,10 @@ int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int
  * own pages, pages beyond are pushed back. index: device; drop: host [n_drops], no lane in two of them. */
 int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                 int n_drops) MUST_CHECK;
+/* ops_kv_quantise - rewrites the plain lanes of a slot in kv->format (an 8-bit one), in place: page i from pages 2i,
+ * 2i + 1 (a page holds as many times more tokens as the activation dtype has bytes); pages beyond are pushed back.
+ * Lanes in an 8-bit format already stay as they are. */
+int ops_kv_quantise(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 /* ops_kv_release - empties all lanes of a slot and pushes their pages. */
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 

@@ -73,6 +73,11 @@ int ops_check__kv(const char *op, const struct ops *o, const struct kv_view *kv)
     TRY(ops_check__pointer(op, "kv.lane_len", kv->lane_len));
     TRY(ops_check__pointer(op, "kv.free_stack", kv->free_stack));
     TRY(ops_check__pointer(op, "kv.free_count", kv->free_count));
+    if ((unsigned)kv->format >= KV_FORMAT_N) FAIL(ERR_ARG, "%s: kv.format is %d", op, (int)kv->format);
+    if (kv->format != KV_PLAIN) {
+        TRY(ops_check__pointer(op, "kv.scale", kv->scale));
+        TRY(ops_check__pointer(op, "kv.lane_format", kv->lane_format));
+    }
     return ops_check__pointer(op, "kv.error", kv->error);
 }
 

@@ -120,6 +120,21 @@ static inline struct kv_view fixture_cache(struct fixture *f, int n_slots, int l
     return kv;
 }
 
+/* Gives a cache what lanes in an 8-bit format need. */
+static inline void fixture_quantise(struct fixture *f, struct kv_view *kv, enum kv_format format)
+{
+    kv->format = format;
+    kv->scale = fixture_take(f, (size_t)kv->n_pages * 2 * (size_t)kv_page_tokens(kv, format) * sizeof(float));
+    kv->lane_format = fixture_take(f, (size_t)(kv->n_slots * kv->lanes_per_slot) * sizeof(int32_t));
+}
+
+/* Pages that a lane holds, as it is stored. */
+static inline int fixture_lane_pages(const struct kv_view *kv, int lane)
+{
+    int tokens = kv_page_tokens(kv, kv->lane_format ? (enum kv_format)kv->lane_format[lane] : KV_PLAIN);
+    return (kv->lane_len[lane] + tokens - 1) / tokens;
+}
+
 /* The permanent invariant: every page is free or in one lane, none twice. */
 static inline int fixture_pages_ok(const struct kv_view *kv)
 {
@@ -130,7 +145,7 @@ static inline int fixture_pages_ok(const struct kv_view *kv)
         ok = page >= 0 && page < kv->n_pages && !seen[page]++;
     }
     for (int lane = 0; ok && lane < kv->n_slots * kv->lanes_per_slot; lane++)
-        for (int i = 0; ok && i < (kv->lane_len[lane] + kv->page_size - 1) / kv->page_size; i++, count++) {
+        for (int i = 0; ok && i < fixture_lane_pages(kv, lane); i++, count++) {
             int page = kv->page_row[lane * kv->max_pages + i];
             ok = page >= 0 && page < kv->n_pages && !seen[page]++;
         }

@@ -10,12 +10,13 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/lane.h"
 
-enum { CHUNK = 256 };
+enum { CHUNK = 256, WIDENED = 32 /* tokens of a quantised lane that are widened at once */ };
 
 /* Partial results: per (sequence, query head, chunk): maximum, sum, values [head_dim]. */
 struct partials {
     float *memory; /* [n_seqs, n_heads, n_chunks, 2 + head_dim] */
     float *score;  /* per thread [group, CHUNK] */
+    float *wide;   /* per thread [WIDENED, head_dim] */
     int64_t n_chunks, stride;
 };
 
@@ -26,8 +27,9 @@ static int place(const struct cpu *c, struct arena *arena, int64_t n_seqs, int64
     p->stride = 2 + head_dim;
     size_t rows = (size_t)(n_seqs * n_heads * p->n_chunks);
     TRY(arena_take(arena, rows * (size_t)p->stride * sizeof(float), "decode partials", &p->memory));
-    return arena_take(arena, (size_t)c->n_threads * (size_t)n_heads * CHUNK * sizeof(float), "decode scores",
-                      &p->score);
+    TRY(arena_take(arena, (size_t)c->n_threads * (size_t)n_heads * CHUNK * sizeof(float), "decode scores", &p->score));
+    return arena_take(arena, (size_t)c->n_threads * WIDENED * (size_t)head_dim * sizeof(float), "decode values",
+                      &p->wide);
 }
 
 int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena)
@@ -48,7 +50,9 @@ struct attend {
     const struct kv_view *kv;
     const float *q;       /* [group, head_dim] */
     float *score;         /* [group, CHUNK] */
+    float *wide;          /* [WIDENED, head_dim] */
     const int32_t *entry; /* the entries to attend to; NULL: all, in their order */
+    enum kv_format format;
     int lane, group;
     float scale;
 };
@@ -57,17 +61,37 @@ struct attend {
  * values. */
 static int run_length(const struct attend *a, int at, int end)
 {
-    return a->entry ? 1 : cpu__min(a->kv->page_size - at % a->kv->page_size, end - at);
+    if (a->entry) return 1;
+    if (a->format == KV_PLAIN) return cpu__min(a->kv->page_size - at % a->kv->page_size, end - at);
+    return cpu__min(cpu__min(lane__code_tokens(a->kv) - at % lane__code_tokens(a->kv), end - at), WIDENED);
 }
 
-static const float *key_of(const struct attend *a, int at)
+/* The keys or values of the run of n tokens at `at`, and its tokens' scales; NULL: they have none. */
+static const float *read_run(const struct attend *a, int at, int n, bool values, const float **scale)
 {
-    return lane__key(a->kv, a->lane, a->entry ? a->entry[at] : at);
+    const int token = a->entry ? a->entry[at] : at;
+    *scale = NULL;
+    if (a->format == KV_PLAIN) return values ? lane__value(a->kv, a->lane, token) : lane__key(a->kv, a->lane, token);
+    *scale = values ? lane__value_scale(a->kv, a->lane, token) : lane__key_scale(a->kv, a->lane, token);
+    a->vector->widen_codes(a->wide,
+                           values ? lane__value_codes(a->kv, a->lane, token) : lane__key_codes(a->kv, a->lane, token),
+                           a->format == KV_FP8, (int64_t)n * a->kv->head_dim);
+    return a->wide;
 }
 
-static const float *value_of(const struct attend *a, int at)
+/* Asks for the next run, at `at`, while one is used. */
+static void fetch_run(const struct attend *a, int at, int end, bool values)
 {
-    return lane__value(a->kv, a->lane, a->entry ? a->entry[at] : at);
+    if (at >= end || a->format != KV_PLAIN) return;
+    const int token = a->entry ? a->entry[at] : at;
+    fetch_ahead(values ? lane__value(a->kv, a->lane, token) : lane__key(a->kv, a->lane, token),
+                (int64_t)run_length(a, at, end) * a->kv->head_dim);
+}
+
+/* Scores, or weights of values, of n tokens times the tokens' scales. */
+static void apply_scales(float *score, const float *scale, int n)
+{
+    for (int i = 0; i < n; i++) score[i] *= scale[i];
 }
 
 /* Tokens [first, end) of the lane or list; the partial of query j at partial + j * stride. */
@@ -75,12 +99,16 @@ static void attend_chunk(const struct attend *a, int first, int end, float *part
 {
     const struct vector_ops *v = a->vector;
     const int dim = a->kv->head_dim;
+    const float *scale;
     for (int at = first, n; at < end; at += n) {
-        const float *keys = key_of(a, at);
         n = run_length(a, at, end);
-        if (at + n < end) fetch_ahead(key_of(a, at + n), (int64_t)run_length(a, at + n, end) * dim);
-        for (int j = 0; j < a->group; j++)
-            v->score_keys(a->score + j * CHUNK + at - first, a->q + (int64_t)j * dim, keys, n, dim, a->scale);
+        const float *keys = read_run(a, at, n, false, &scale);
+        fetch_run(a, at + n, end, false);
+        for (int j = 0; j < a->group; j++) {
+            float *score = a->score + j * CHUNK + at - first;
+            v->score_keys(score, a->q + (int64_t)j * dim, keys, n, dim, a->scale);
+            if (scale) apply_scales(score, scale, n);
+        }
     }
     for (int j = 0; j < a->group; j++) {
         float *part = partial + j * stride;
@@ -88,11 +116,14 @@ static void attend_chunk(const struct attend *a, int first, int end, float *part
         memset(part + 2, 0, (size_t)dim * sizeof(float));
     }
     for (int at = first, n; at < end; at += n) {
-        const float *values = value_of(a, at);
         n = run_length(a, at, end);
-        if (at + n < end) fetch_ahead(value_of(a, at + n), (int64_t)run_length(a, at + n, end) * dim);
-        for (int j = 0; j < a->group; j++)
-            v->add_values(partial + j * stride + 2, a->score + j * CHUNK + at - first, values, n, dim);
+        const float *values = read_run(a, at, n, true, &scale);
+        fetch_run(a, at + n, end, true);
+        for (int j = 0; j < a->group; j++) {
+            float *weight = a->score + j * CHUNK + at - first;
+            if (scale) apply_scales(weight, scale, n);
+            v->add_values(partial + j * stride + 2, weight, values, n, dim);
+        }
     }
 }
 
@@ -136,6 +167,9 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const
         int lane = lane_of(batch, kv, heads, task / n_kv, task % n_kv);
         int length = entries_of(kv, lane, list, task, &entry);
         longest = length > longest ? length : longest;
+        if (length > 0 && lane__format(kv, lane) != kv->format)
+            FAIL(ERR_ARG, "attention of a decode step: lane %d is stored in format %d, kv.format is %d", lane,
+                 (int)lane__format(kv, lane), (int)kv->format);
     }
     struct arena arena;
     struct partials p;
@@ -145,6 +179,7 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const
 #pragma omp parallel num_threads(c->n_threads) private(entry)
     {
         float *score = p.score + (size_t)omp_get_thread_num() * (size_t)heads->n_heads * CHUNK;
+        float *wide = p.wide + (size_t)omp_get_thread_num() * WIDENED * (size_t)dim;
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < n_lanes * n_chunks; task++) {
             int sequence = task / n_chunks / n_kv, kv_head = task / n_chunks % n_kv, first = task % n_chunks * CHUNK;
@@ -156,7 +191,9 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const
                                      .kv = kv,
                                      .q = cpu__row(q, sequence) + (int64_t)kv_head * group * dim,
                                      .score = score,
+                                     .wide = wide,
                                      .entry = entry,
+                                     .format = lane__format(kv, lane),
                                      .lane = lane,
                                      .group = group,
                                      .scale = heads->scale};

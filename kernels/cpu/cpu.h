@@ -89,6 +89,7 @@ int cpu__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *b
                        const struct attention_heads *heads, const struct decode_judges *judges);
 int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                  int n_drops);
+int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                     const int *window);

@@ -1,10 +1,11 @@
-/* The paged cache: append, pack, release. Page numbers are popped and pushed by one thread in a fixed order, so page
- * rows are the same in every run; rows of numbers are copied in parallel. Every op leaves free pages + pages below the
- * lanes' lengths = all pages, also when it reports an error. */
+/* The paged cache: append, pack, quantise, release. Page numbers are popped and pushed by one thread in a fixed order,
+ * so page rows are the same in every run; rows of numbers are copied in parallel. Every op leaves free pages + pages
+ * below the lanes' lengths = all pages, also when it reports an error. */
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/lane.h"
+#include "kernels/quantise.h"
 
 int cpu__kv_reset(struct ops *o, const struct kv_view *kv)
 {
@@ -12,15 +13,17 @@ int cpu__kv_reset(struct ops *o, const struct kv_view *kv)
     for (int i = 0; i < kv->n_pages; i++) kv->free_stack[i] = kv->n_pages - 1 - i;
     *kv->free_count = kv->n_pages;
     *kv->error = 0;
-    memset(kv->lane_len, 0, (size_t)kv->n_slots * (size_t)kv->lanes_per_slot * sizeof *kv->lane_len);
+    const size_t lanes = (size_t)kv->n_slots * (size_t)kv->lanes_per_slot;
+    memset(kv->lane_len, 0, lanes * sizeof *kv->lane_len);
+    if (kv->lane_format) memset(kv->lane_format, 0, lanes * sizeof *kv->lane_format);
     return OK;
 }
 
 /* Grows a lane by n tokens; its length before, or -1 (and the error word set) where it cannot grow. */
 static int grow_lane(const struct kv_view *kv, int lane, int n)
 {
-    int length = kv->lane_len[lane], have = lane__pages(kv, length);
-    int64_t wanted = ((int64_t)length + n + kv->page_size - 1) / kv->page_size;
+    int length = kv->lane_len[lane], have = lane__pages_of(kv, lane, length);
+    int wanted = lane__pages_of(kv, lane, (int64_t)length + n);
     if (wanted > kv->max_pages) {
         *kv->error |= KV_ERROR_LANE_FULL;
         return -1;
@@ -38,17 +41,42 @@ static int grow_lane(const struct kv_view *kv, int lane, int n)
 static void shrink_lane(const struct kv_view *kv, int lane, int length)
 {
     const int32_t *row = lane__page_row(kv, lane);
-    int keep = lane__pages(kv, length);
-    for (int i = lane__pages(kv, kv->lane_len[lane]) - 1; i >= keep; i--) kv->free_stack[(*kv->free_count)++] = row[i];
+    int keep = lane__pages_of(kv, lane, length), have = lane__pages_of(kv, lane, kv->lane_len[lane]);
+    for (int i = have - 1; i >= keep; i--) kv->free_stack[(*kv->free_count)++] = row[i];
     kv->lane_len[lane] = length;
+}
+
+/* Codes may be written over the elements that they come from: each is read before a byte of it is overwritten. */
+static void quantise_row(enum kv_format format, uint8_t *code, float *scale, const float *x, int dim)
+{
+    uint32_t largest = 0;
+    for (int d = 0; d < dim; d++) {
+        const uint32_t magnitude = quantise_magnitude(x[d]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float by = quantise_scale(format, largest);
+    for (int d = 0; d < dim; d++) code[d] = quantise_code(format, x[d], by);
+    *scale = by;
+}
+
+static void quantise_token(const struct kv_view *kv, enum kv_format format, int lane, int i, const float *k,
+                           const float *v)
+{
+    quantise_row(format, lane__key_codes(kv, lane, i), lane__key_scale(kv, lane, i), k, kv->head_dim);
+    quantise_row(format, lane__value_codes(kv, lane, i), lane__value_scale(kv, lane, i), v, kv->head_dim);
 }
 
 static void write_rows(const struct ops *o, const struct kv_view *kv, int lane, int first, const float *k,
                        const float *v, int64_t k_stride, int64_t v_stride, int n)
 {
     const size_t bytes = (size_t)kv->head_dim * sizeof(float);
+    const enum kv_format format = lane__format(kv, lane);
 #pragma omp parallel for num_threads(cpu__of(o)->n_threads) if ((int64_t)n * kv->head_dim > CPU_PARALLEL_WORK)
     for (int i = 0; i < n; i++) {
+        if (format != KV_PLAIN) {
+            quantise_token(kv, format, lane, first + i, k + i * k_stride, v + i * v_stride);
+            continue;
+        }
         memcpy(lane__key(kv, lane, first + i), k + i * k_stride, bytes);
         memcpy(lane__value(kv, lane, first + i), v + i * v_stride, bytes);
     }
@@ -66,7 +94,11 @@ int cpu__kv_append(struct ops *o, const struct kv_view *kv, const struct attenti
         if (row < 0 || n < 0 || n > batch->n_tokens - row)
             FAIL(ERR_ARG, "ops_kv_append: sequence %d has %d rows from %d on, of %d", i, n, row, batch->n_tokens);
         for (int h = 0; h < heads->n_kv_heads; h++) {
-            int lane = slot * kv->lanes_per_slot + heads->lane + h, length = grow_lane(kv, lane, n);
+            int lane = slot * kv->lanes_per_slot + heads->lane + h, length = -1;
+            if (batch->cu_seqlens && lane__format(kv, lane) != KV_PLAIN)
+                *kv->error |= KV_ERROR_QUANTISED;
+            else
+                length = grow_lane(kv, lane, n);
             if (length >= 0)
                 write_rows(o, kv, lane, length, cpu__row(k, row) + h * dim, cpu__row(v, row) + h * dim, k.stride[0],
                            v.stride[0], n);
@@ -78,6 +110,7 @@ int cpu__kv_append(struct ops *o, const struct kv_view *kv, const struct attenti
 static int check_keep(const struct kv_view *kv, int lane, int i, const int32_t *keep, int n)
 {
     int length = kv->lane_len[lane];
+    if (lane__format(kv, lane) != KV_PLAIN) FAIL(ERR_ARG, "ops_kv_pack: lane %d is quantised: pack before", i);
     if (n > length) FAIL(ERR_ARG, "ops_kv_pack: lane %d keeps %d entries and holds %d", i, n, length);
     for (int j = 0; j < n; j++)
         if (keep[j] < (j ? keep[j - 1] + 1 : 0) || keep[j] >= length)
@@ -105,10 +138,32 @@ int cpu__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, in
     return OK;
 }
 
+int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot)
+{
+    const int first = slot * kv->lanes_per_slot, end = first + kv->lanes_per_slot;
+    /* In place: tokens ascend, so a token's codes lie before all elements that are still to be read. */
+#pragma omp parallel for num_threads(cpu__of(o)->n_threads) schedule(dynamic, 1)
+    for (int lane = first; lane < end; lane++)
+        for (int i = 0; i < kv->lane_len[lane] && lane__format(kv, lane) == KV_PLAIN; i++)
+            quantise_token(kv, kv->format, lane, i, lane__key(kv, lane, i), lane__value(kv, lane, i));
+    for (int lane = first; lane < end; lane++) {
+        const int32_t *row = lane__page_row(kv, lane);
+        const int had = lane__pages_of(kv, lane, kv->lane_len[lane]);
+        if (lane__format(kv, lane) != KV_PLAIN) continue;
+        kv->lane_format[lane] = (int32_t)kv->format;
+        for (int i = had - 1; i >= lane__pages_of(kv, lane, kv->lane_len[lane]); i--)
+            kv->free_stack[(*kv->free_count)++] = row[i];
+    }
+    return OK;
+}
+
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot)
 {
     (void)o;
-    for (int i = 0; i < kv->lanes_per_slot; i++) shrink_lane(kv, slot * kv->lanes_per_slot + i, 0);
+    for (int i = slot * kv->lanes_per_slot; i < (slot + 1) * kv->lanes_per_slot; i++) {
+        shrink_lane(kv, i, 0);
+        if (kv->lane_format) kv->lane_format[i] = KV_PLAIN;
+    }
     return OK;
 }
 

@@ -217,6 +217,7 @@ const struct ops_vt ops_cpu = {
     .rope_append = rope_append,
     .kv_pack = cpu__kv_pack,
     .kv_drop = cpu__kv_drop,
+    .kv_quantise = cpu__kv_quantise,
     .kv_release = cpu__kv_release,
     .select_top = cpu__select_top,
     .split_budgets = cpu__split_budgets,

@@ -4,6 +4,7 @@
 #ifndef VITRAIL_KERNELS_CPU_VECTOR_H
 #define VITRAIL_KERNELS_CPU_VECTOR_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/tensor.h"
@@ -41,6 +42,8 @@ struct vector_ops {
     void (*linear)(const struct vector_linear *a);
     /* Widening of n weights of any dtype. */
     void (*widen)(float *y, const void *x, enum dtype dtype, int64_t n);
+    /* The numbers that n codes of a quantised row stand for, before its scale: int8, or e4m3 where fp8. */
+    void (*widen_codes)(float *y, const uint8_t *codes, bool fp8, int64_t n);
     /* sum of x^2. */
     float (*sum_squares)(const float *x, int64_t n);
     /* y = x * factor * w. */

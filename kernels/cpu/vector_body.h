@@ -284,6 +284,23 @@ static void widen(float *y, const void *x, enum dtype dtype, int64_t n)
     for (; i < n; i++) y[i] = dtype == DTYPE_F16 ? half_to_float(narrow[i]) : bfloat_to_float(narrow[i]);
 }
 
+/* An e4m3 number's bits, set at the same distance below a float's sign, are that number times 2^-120. */
+INLINE float widen_fp8(uint32_t code)
+{
+    const uint32_t bits = (code & 0x80) << 24 | (code & 0x7f) << 20 | ((code & 0x7f) == 0x7f ? 0x7fc00000 : 0);
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x * 0x1p120f;
+}
+
+static void widen_codes(float *y, const uint8_t *codes, bool fp8, int64_t n)
+{
+    if (fp8)
+        for (int64_t i = 0; i < n; i++) y[i] = widen_fp8(codes[i]);
+    else
+        for (int64_t i = 0; i < n; i++) y[i] = (float)(int8_t)codes[i];
+}
+
 /* The last n < VECTOR_WIDTH values of an array, or a whole vector. */
 INLINE vec load_some(const float *x, int64_t n, float rest)
 {
@@ -571,6 +588,7 @@ const struct vector_ops VECTOR_TABLE = {
     .name = VECTOR_NAME,
     .linear = linear,
     .widen = widen,
+    .widen_codes = widen_codes,
     .sum_squares = sum_squares,
     .scale_by = scale_by,
     .soften = soften,
