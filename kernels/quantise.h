@@ -12,9 +12,7 @@
 
 #include "kernels/ops.h"
 
-#ifdef __CUDACC__
-#define QUANTISE_FUNCTION __host__ __device__ static inline
-#else
+#ifndef QUANTISE_FUNCTION /* set by who compiles for a device */
 #define QUANTISE_FUNCTION static inline
 #endif
 

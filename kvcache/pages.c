@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 struct pages {
-    int n_ranks, n_layers, page_size, n_slots;
+    int n_ranks, n_layers, page_size, kept_page_size, n_slots;
     int *heads;        /* [n_ranks, n_layers] */
     int64_t total;     /* pages of every rank's pool */
     int64_t *free;     /* [n_ranks] */
@@ -16,8 +16,12 @@ int pages_open(int n_ranks, int n_layers, int page_size, int n_slots, const int 
     struct pages *p = calloc(1, sizeof *p);
     if (!p) FAIL(ERR_NOMEM, "page accounts: out of memory");
     size_t cells = (size_t)n_ranks * (size_t)n_layers;
-    *p = (struct pages){
-        .n_ranks = n_ranks, .n_layers = n_layers, .page_size = page_size, .n_slots = n_slots, .total = total};
+    *p = (struct pages){.n_ranks = n_ranks,
+                        .n_layers = n_layers,
+                        .page_size = page_size,
+                        .kept_page_size = page_size,
+                        .n_slots = n_slots,
+                        .total = total};
     p->heads = calloc(cells, sizeof *p->heads);
     p->free = calloc((size_t)n_ranks, sizeof *p->free);
     p->reserved = calloc((size_t)n_slots * (size_t)n_ranks, sizeof *p->reserved);
@@ -71,11 +75,14 @@ bool pages_reserve(struct pages *p, int slot, int length)
     return true;
 }
 
-/* Pages of `heads` lanes of `length` tokens each, or of as many tokens in uneven parts. */
+void pages_use_page_size(struct pages *p, int kept_page_size) { p->kept_page_size = kept_page_size; }
+
+/* Pages of `heads` lanes of `length` kept tokens each, or of as many tokens in uneven parts. */
 static int64_t pages_of_heads(const struct pages *p, int64_t heads, int length, bool uneven)
 {
-    if (!uneven) return heads * pages_of(p, length);
-    return (heads * length + heads * (p->page_size - 1)) / p->page_size;
+    const int64_t size = p->kept_page_size;
+    if (!uneven) return heads * ((length + size - 1) / size);
+    return (heads * length + heads * (size - 1)) / size;
 }
 
 void pages_resize(struct pages *p, int slot, const int *length, int extra, bool uneven)

@@ -29,6 +29,10 @@ bool pages_reserve(struct pages *pages, int slot, int length);
  * uneven: a rank's heads share that many a head in any parts, so that each may waste most of a page. */
 void pages_resize(struct pages *pages, int slot, const int *length, int extra, bool uneven);
 
+/* pages_use_page_size - tokens of a page of lanes whose prompt has ended, where not those of a prompt's: pages_resize
+ * counts by it. With no slot reserved. */
+void pages_use_page_size(struct pages *pages, int kept_page_size);
+
 /* pages_release - gives a slot's reservation back. pages_free - of the rank that has the fewest. */
 void pages_release(struct pages *pages, int slot);
 int64_t pages_free(const struct pages *pages);

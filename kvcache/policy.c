@@ -75,10 +75,23 @@ int policy_find(const char *name, const struct policy_vt **out)
          nearest_name(name, names));
 }
 
+int policy_check(const struct policy_config *config)
+{
+    const struct policy_vt *vt;
+    TRY(policy_find(config->policy, &vt));
+    if (vt->decode_attention && kv_dtype_format(config->dtype) != KV_PLAIN)
+        FAIL(ERR_CONFIG,
+             "kv_cache.dtype %s with kv_cache.policy %s: that policy's decode steps read the model's dtype alone; set "
+             "kv_cache.dtype to auto, or another policy",
+             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name);
+    return OK;
+}
+
 int policy_open(struct policy *policy, const struct policy_config *config, const struct policy_env *env,
                 struct arena *arena)
 {
     memset(policy, 0, sizeof *policy);
+    TRY(policy_check(config));
     TRY(policy_find(config->policy, &policy->vt));
     policy->config = *config;
     policy->env = *env;

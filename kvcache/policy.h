@@ -104,10 +104,19 @@ struct expected_attention_options {
     double epsilon; /* added to the attention before it is weighted by |v|, 0 */
 };
 
+/* How keys and values are stored once a prompt has ended: as activations, or in 8 bits with a scale for each token and
+ * head. The last two are known and not served. */
+enum kv_dtype { KV_DTYPE_AUTO, KV_DTYPE_FLOAT32, KV_DTYPE_FP8, KV_DTYPE_INT8, KV_DTYPE_FLOAT16, KV_DTYPE_BFLOAT16 };
+static inline enum kv_format kv_dtype_format(int dtype)
+{
+    return dtype == KV_DTYPE_FP8 ? KV_FP8 : dtype == KV_DTYPE_INT8 ? KV_INT8 : KV_PLAIN;
+}
+
 /* The kv_cache part of the configuration, as far as policies read it. */
 struct policy_config {
     char policy[32]; /* name in the registry */
     struct kv_budget budget;
+    int dtype;          /* enum kv_dtype */
     int heads;          /* enum kv_heads */
     double heads_floor; /* adaptive: the part of an equal share that no head gets less than, 0.2 */
     struct vl_cache_options vl_cache;
@@ -245,6 +254,10 @@ struct policy {
  */
 int policy_find(const char *name, const struct policy_vt **out) MUST_CHECK;
 const char *policy_name(int i);
+
+/* policy_check - whether the parts of a configuration go together: ERR_CONFIG for a name that is none, and for a policy
+ * that reads lanes in decode steps by its own ops where those lanes are stored in 8 bits. */
+int policy_check(const struct policy_config *config) MUST_CHECK;
 
 /* policy_open - opens the configured policy, placing its state in `arena` (measure or place). policy_close undoes it.
  */

@@ -87,6 +87,7 @@ static int set_key(struct parser *p, const struct config_key *key, const char *n
             FAIL(ERR_CONFIG, "%s: a list of %zu bytes, at most %zu are taken", where, strlen(value),
                  sizeof out->config.other_policies - 1);
         if (policy) snprintf(out->config.other_policies, sizeof out->config.other_policies, "%s", value);
+        if (dtype) snprintf(out->config.other_dtypes, sizeof out->config.other_dtypes, "%s", value);
         snprintf(first, sizeof first, "%.*s", (int)strcspn(value, ","), value);
         value = first;
     }

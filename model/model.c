@@ -389,7 +389,8 @@ static int compress(struct model *m, const struct policy_sequence *sequence, str
         TRY(policy->vt->select(policy, sequence, k, &keep));
         TRY(ops_kv_pack(m->ops, kv, sequence->slot, 0, m->weights.lanes, keep.index, keep.stride, keep.n_keep));
     }
-    return policy->vt->begin_decode ? policy->vt->begin_decode(policy, sequence) : OK;
+    if (policy->vt->begin_decode) TRY(policy->vt->begin_decode(policy, sequence));
+    return kv->format == KV_PLAIN ? OK : ops_kv_quantise(m->ops, kv, sequence->slot);
 }
 
 /* Samples for the prompts that end in this step and compresses their lanes. */

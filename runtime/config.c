@@ -118,13 +118,15 @@ int config_load_yaml(struct config *config, const char *path)
 int config_check(const struct config *config)
 {
     const struct vl_cache_options *vl = &config->kv_cache.vl_cache;
+    TRY(policy_check(&config->kv_cache));
     if (!*config->model)
         FAIL(ERR_CONFIG, "no model: give one by \"model: PATH\" in the --config file or by --model PATH");
     if (vl->clip_min > vl->clip_max)
         FAIL(ERR_CONFIG, "kv_cache.vl_cache.clip_min is %g, above clip_max, %g; lower one or raise the other",
              vl->clip_min, vl->clip_max);
     if (config->kv_cache.snapkv.kernel % 2 == 0 || config->kv_cache.pyramid_kv.kernel % 2 == 0)
-        FAIL(ERR_CONFIG, "kv_cache.%s.kernel is even; a token's own score is the middle of its average: give an odd one",
+        FAIL(ERR_CONFIG,
+             "kv_cache.%s.kernel is even; a token's own score is the middle of its average: give an odd one",
              config->kv_cache.snapkv.kernel % 2 == 0 ? "snapkv" : "pyramid_kv");
     if (config->max_num_batched_tokens < config->max_num_seqs)
         FAIL(ERR_CONFIG,

@@ -18,12 +18,10 @@
 
 enum config_device { CONFIG_DEVICE_AUTO, CONFIG_DEVICE_CUDA, CONFIG_DEVICE_CPU };
 enum config_dtype {
-    CONFIG_DTYPE_AUTO, /* weights: as the file has them; cache: as activations */
+    CONFIG_DTYPE_AUTO, /* as the file has them */
     CONFIG_DTYPE_FLOAT32,
     CONFIG_DTYPE_FLOAT16,
-    CONFIG_DTYPE_BFLOAT16,
-    CONFIG_DTYPE_FP8,
-    CONFIG_DTYPE_INT8
+    CONFIG_DTYPE_BFLOAT16
 };
 enum config_evicted { CONFIG_EVICTED_FREE, CONFIG_EVICTED_HOST };
 enum config_load_format { CONFIG_LOAD_AUTO, CONFIG_LOAD_DUMMY };
@@ -42,10 +40,10 @@ struct config {
     double gpu_memory_utilization;
     int64_t kv_cache_memory_bytes; /* of one rank's pool; 0: auto, by device */
     struct policy_config kv_cache; /* policy, budget and the policies' options */
-    char other_policies[512];      /* comma list: what engine_set_policy may change to; no key, set by commands */
-    int kv_dtype;                  /* enum config_dtype, of the cache */
-    int kv_page_size;              /* tokens */
-    int kv_evicted;                /* enum config_evicted: what becomes of evicted tokens */
+    /* Comma lists: what engine_set_policy may change to; no keys, set by commands. */
+    char other_policies[512], other_dtypes[64];
+    int kv_page_size; /* tokens */
+    int kv_evicted;   /* enum config_evicted: what becomes of evicted tokens */
     char allowed_local_media_path[CONFIG_PATH_BYTES];
     int load_format;        /* enum config_load_format */
     uint64_t seed;          /* of requests that bring none, and of dummy weights */

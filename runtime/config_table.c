@@ -8,7 +8,7 @@
 
 static const char *const device_names[] = {"auto", "cuda", "cpu", NULL};
 static const char *const dtype_names[] = {"auto", "float32", "float16", "bfloat16", NULL};
-static const char *const kv_dtype_names[] = {"auto", "float32", "float16", "bfloat16", "fp8", "int8", NULL};
+static const char *const kv_dtype_names[] = {"auto", "float32", "fp8", "int8", "float16", "bfloat16", NULL};
 static const char *const heads_names[] = {"equal", "adaptive", NULL};
 static const char *const evicted_names[] = {"free", "host", NULL};
 static const char *const load_names[] = {"auto", "dummy", NULL};
@@ -63,7 +63,8 @@ static const struct config_key table[] = {
         .help = "which tokens of a prompt stay in the cache: full (all of them), vl_cache, or one of the baselines"),
     ROW("kv_cache.budget", CONFIG_BUDGET, kv_cache.budget, "0.1",
         .help = "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"),
-    CHOICE("kv_cache.dtype", kv_dtype, "auto", kv_dtype_names, 2, "dtype of keys and values in the cache"),
+    CHOICE("kv_cache.dtype", kv_cache.dtype, "auto", kv_dtype_names, 4,
+           "dtype of keys and values in the cache, once a prompt has ended; auto: the activations'"),
     NUMBER("kv_cache.page_size", CONFIG_INT, kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
     CHOICE("kv_cache.heads", kv_cache.heads, "equal", heads_names, 0,
            "how a layer's budget is split over its KV heads: alike, or by Ada-KV's competition of their scores"),

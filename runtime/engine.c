@@ -15,6 +15,14 @@ static int agree(struct engine *e, int rc, const char *phase, const char *next_p
     return OK;
 }
 
+/* Rank 0's scheduler learns what was set. */
+static void use_policy(struct engine *e)
+{
+    const struct resources *r = &e->resources;
+    scheduler_use_policy(e->scheduler, &r->policy);
+    scheduler_use_storage(e->scheduler, kv_page_tokens(&r->kv, r->kv.format), resources_kept_token_bytes(r));
+}
+
 static int open_phases(struct engine *e, const struct config *config, struct checkpoint **checkpoint)
 {
     struct model_dims dims;
@@ -27,7 +35,7 @@ static int open_phases(struct engine *e, const struct config *config, struct che
     TRY(agree(e, engine__allocate(e, *checkpoint), "memory", "load"));
     TRY(agree(e, engine__load(e, *checkpoint), "load", "warm"));
     TRY(agree(e, engine__warm(e), "warm", "ready"));
-    if (e->scheduler) scheduler_use_policy(e->scheduler, &e->resources.policy);
+    if (e->scheduler) use_policy(e);
     liveness_step_end(e->liveness); /* the caller began the watch, when it joined the ranks */
     return OK;
 }
@@ -90,6 +98,10 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
     if (request->n_images > e->resources.config.max_images_per_prompt)
         FAIL(ERR_REQUEST, "%d images in the prompt, at most %d are served (max_images_per_prompt)", request->n_images,
              e->resources.config.max_images_per_prompt);
+    if (request->n_followup && e->resources.kv.format != KV_PLAIN)
+        FAIL(ERR_REQUEST,
+             "a follow-up is read over the lanes of what came before, which kv_cache.dtype stores in 8 bits: "
+             "follow-ups are served with kv_cache.dtype auto");
     if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
         judging = policy_judging_rows(policy, &sequence);
         if (policy->vt->whole_prompt) judging = request->n_ids;
@@ -136,7 +148,7 @@ static int measure(struct engine *e, struct engine_floor *out)
     if (!rc) rc = ops_ceilings(&e->ops, mine.weight_bytes, &mine.sum);
     if (!rc) rc = comm_all_gather_host(e->comm, all, &mine, sizeof mine);
     const struct model_dims *dims = &e->resources.dims;
-    *out = (struct engine_floor){.kv_token_bytes = resources_token_bytes(dims, e->ops.dtype),
+    *out = (struct engine_floor){.kv_token_bytes = resources_kept_token_bytes(&e->resources),
                                  .attention_width = (int64_t)dims->n_layers * dims->n_heads * dims->head_dim};
     for (int r = 0; r < e->comm->size && !rc; r++) {
         out->sum.gemm_tflops += all[r].sum.gemm_tflops;
@@ -185,14 +197,14 @@ int engine_stop(struct engine *e)
 int engine_set_policy(struct engine *e, const struct policy_config *config)
 {
     struct step_view v;
-    const struct policy_vt *vt;
     if (scheduler_active(e->scheduler)) FAIL(ERR_BUG, "engine_set_policy with requests active");
-    TRY(policy_find(config->policy, &vt));
+    TRY(resources_check_policy(&e->resources, config));
     e->message.head = (struct step_head){.kind = STEP_SET_POLICY};
     TRY(step_layout(&e->message, e->limits.image_bytes, &v));
     memcpy((struct policy_config *)v.policy, config, sizeof *config);
     TRY(exchange(e));
     TRY(resources_set_policy(&e->resources, config));
+    use_policy(e);
     return OK;
 }
 

@@ -60,7 +60,7 @@ struct engine_floor {
     size_t weight_bytes;     /* of matrices, that a decode step reads on all ranks */
     int64_t layer_elements;  /* matrix elements of all layers and ranks: a prompt token takes two operations each */
     int64_t attention_width; /* query heads * head_dim over all layers: 4 operations each and (query, key) pair */
-    int64_t kv_token_bytes;  /* K and V of one token, all layers and ranks */
+    int64_t kv_token_bytes;  /* K and V of one token as the cache keeps it, all layers and ranks */
 };
 int engine_ceilings(struct engine *engine, struct engine_floor *out) MUST_CHECK;
 

@@ -212,12 +212,6 @@ static int open_all(struct eval *e)
     const struct config *config = prompt_config(e->builder);
     TRY(eval__read(e->options->questions, &e->questions));
     TRY(eval__list_runs(e->options, config, e->questions.n, e->runs, &e->n_runs));
-    for (int i = 0; i < e->n_runs; i++)
-        if (e->runs[i].kv_dtype != config->kv_dtype)
-            FAIL(ERR_CONFIG,
-                 "--kv-cache-dtype: %s and %s: the cache of an engine has one dtype in this build; run eval "
-                 "once for each and draw them together by --from",
-                 e->runs[0].dtype, e->runs[i].dtype);
     e->slots = calloc((size_t)e->questions.n, sizeof *e->slots);
     e->sampling = cJSON_CreateObject();
     if (!e->slots || !cJSON_AddNumberToObject(e->sampling, "temperature", 0) ||

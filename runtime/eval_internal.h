@@ -74,8 +74,7 @@ struct eval_scores {
 
 struct eval_one_run {
     struct policy_config config;
-    int kv_dtype;               /* enum config_dtype */
-    const char *dtype;          /* its name */
+    const char *dtype;          /* the name of the cache's */
     struct eval_answer *answer; /* [n questions] */
     struct eval_scores scores;
     double seconds; /* of the answers, forced ones not counted */

@@ -28,7 +28,7 @@ static uint64_t hash_configuration(const struct config *config, const struct eva
     struct config same = *config;
     memset(same.kv_cache.policy, 0, sizeof same.kv_cache.policy);
     same.kv_cache.budget = (struct kv_budget){1, 0};
-    same.kv_dtype = 0;
+    same.kv_cache.dtype = KV_DTYPE_AUTO;
     return hash_mix(config_hash(&same), (uint64_t)options->max_tokens);
 }
 

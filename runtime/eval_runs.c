@@ -33,8 +33,8 @@ static int add_run(const struct listing *l, const char *policy, struct kv_budget
     run->config = l->config->kv_cache;
     snprintf(run->config.policy, sizeof run->config.policy, "%s", policy);
     run->config.budget = budget;
-    run->kv_dtype = l->config->kv_dtype;
-    run->dtype = config_find("kv_cache.dtype")->names[run->kv_dtype];
+    run->dtype = config_find("kv_cache.dtype")->names[run->config.dtype];
+    TRY(policy_check(&run->config));
     run->answer = calloc((size_t)l->n_questions, sizeof *run->answer);
     if (!run->answer) FAIL(ERR_NOMEM, "no memory for %d answers", l->n_questions);
     return OK;

@@ -70,7 +70,7 @@ static int find_available(const struct resources *r, bool *gpu, size_t *availabl
  * a quarter of what is available. */
 static int choose_pages(struct resources *r, bool gpu, size_t available, size_t rest, int64_t *n_pages)
 {
-    size_t page = resources_page_bytes(r), beside; /* what policies keep of a page */
+    size_t page = resources_page_bytes(r) + resources_scale_bytes(r), beside; /* what policies keep of a page */
     int64_t most = most_pages(r), fit;
     TRY(resources_policy_page_bytes(r, &beside));
     if (r->config.kv_cache_memory_bytes)
@@ -135,10 +135,11 @@ int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64
 
 static double mib(size_t bytes) { return (double)bytes / 1048576.0; }
 
-/* Sequences of `tokens` in every layer that the pool holds at once. */
+/* Sequences of `tokens` in every layer that the pool holds at once, as the configured dtype stores them. */
 static int64_t sequences(const struct memory_plan *plan, const struct resources *r, int tokens)
 {
-    int64_t pages = (int64_t)plan->lanes * ((tokens + r->kv.page_size - 1) / r->kv.page_size);
+    int page = kv_page_tokens(&r->kv, r->kv.format);
+    int64_t pages = (int64_t)plan->lanes * ((tokens + page - 1) / page);
     return pages ? plan->n_pages / pages : 0;
 }
 
@@ -160,7 +161,7 @@ void plan_print_table(const struct memory_plan *plan, const struct resources *r,
     if (plan->available) fprintf(out, " of %.1f MiB available", mib(plan->available));
     int most = r->config.max_model_len, kept = kept_tokens(r);
     fprintf(out, "\n  KV pool: %" PRId64 " pages of %d tokens hold %" PRId64 " sequences of %d tokens", plan->n_pages,
-            r->kv.page_size, sequences(plan, r, most), most);
+            kv_page_tokens(&r->kv, r->kv.format), sequences(plan, r, most), most);
     if (kept < most)
         fprintf(out, "; %" PRId64 " once %s has kept %d of them", sequences(plan, r, kept), r->config.kv_cache.policy,
                 kept);

@@ -13,6 +13,18 @@ size_t resources_page_bytes(const struct resources *r)
     return 2 * (size_t)r->config.kv_page_size * (size_t)r->dims.head_dim * dtype_size(r->ops->dtype);
 }
 
+size_t resources_scale_bytes(const struct resources *r)
+{
+    return r->quantises ? 2 * (size_t)kv_page_tokens(&r->kv, KV_INT8) * sizeof(float) : 0;
+}
+
+int64_t resources_kept_token_bytes(const struct resources *r)
+{
+    const struct model_dims *dims = &r->dims;
+    if (r->kv.format == KV_PLAIN) return resources_token_bytes(dims, r->ops->dtype);
+    return 2 * (int64_t)dims->n_layers * dims->n_kv_heads * (dims->head_dim + (int64_t)sizeof(float));
+}
+
 int64_t resources_token_bytes(const struct model_dims *dims, enum dtype dtype)
 {
     return 2 * (int64_t)dims->n_layers * dims->n_kv_heads * dims->head_dim * (int64_t)dtype_size(dtype);
@@ -100,7 +112,11 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
                              .head_dim = dims->head_dim,
                              .max_pages = (r->config.max_model_len + r->config.kv_page_size) / r->config.kv_page_size,
                              .lanes_per_slot = model_lanes(r->model),
-                             .n_slots = r->config.max_num_seqs};
+                             .n_slots = r->config.max_num_seqs,
+                             .format = kv_dtype_format(config->kv_cache.dtype)};
+    r->kv.pool.dtype = ops->dtype;
+    r->quantises =
+        r->kv.format != KV_PLAIN || strstr(config->other_dtypes, "fp8") || strstr(config->other_dtypes, "int8");
     return OK;
 }
 
@@ -124,9 +140,10 @@ static struct policy_env policy_env(const struct resources *r)
                                .max_prompt_tokens = resources_max_prompt_tokens(&r->config)};
 }
 
-static int measure_policy(struct resources *r, const char *name, size_t length)
+static int measure_policy(struct resources *r, const char *name, size_t length, bool other)
 {
     struct policy_config config = r->config.kv_cache;
+    if (other) config.dtype = KV_DTYPE_AUTO; /* which of them go together is known when one is set */
     struct policy_env env = policy_env(r);
     struct policy policy;
     struct arena arena;
@@ -142,10 +159,10 @@ static int measure_policy(struct resources *r, const char *name, size_t length)
 static int measure_policies(struct resources *r)
 {
     r->policy_bytes = 0;
-    TRY(measure_policy(r, r->config.kv_cache.policy, strlen(r->config.kv_cache.policy)));
+    TRY(measure_policy(r, r->config.kv_cache.policy, strlen(r->config.kv_cache.policy), false));
     for (const char *name = r->config.other_policies; *name;) {
         size_t length = strcspn(name, ",");
-        TRY(measure_policy(r, name, length));
+        TRY(measure_policy(r, name, length, true));
         name += length + (name[length] == ',');
     }
     return OK;
@@ -173,6 +190,10 @@ static int place_kv(struct resources *r, struct arena *arena, int64_t n_pages)
     TRY(arena_take(arena, (size_t)n_pages * sizeof(int32_t), tables_label, &kv->free_stack));
     TRY(arena_take(arena, sizeof(int32_t), tables_label, &kv->free_count));
     TRY(arena_take(arena, sizeof(int32_t), tables_label, &kv->error));
+    if (r->quantises) {
+        TRY(arena_take(arena, lanes * sizeof(int32_t), tables_label, &kv->lane_format));
+        TRY(arena_take(arena, (size_t)n_pages * resources_scale_bytes(r), "KV scales", &kv->scale));
+    }
     return arena_tensor(arena, tensor_3d(NULL, r->ops->dtype, n_pages, 2 * (int64_t)kv->page_size, kv->head_dim),
                         "KV pages", &kv->pool);
 }
@@ -209,18 +230,31 @@ int resources_place(struct resources *r, struct arena *arena, const struct check
     return place_kv(r, arena, n_pages);
 }
 
+int resources_check_policy(const struct resources *r, const struct policy_config *config)
+{
+    TRY(policy_check(config));
+    if (kv_dtype_format(config->dtype) != KV_PLAIN && !r->quantises)
+        FAIL(ERR_CONFIG, "kv_cache.dtype: the cache has no room for scales; set fp8 or int8 when the engine starts");
+    return OK;
+}
+
 int resources_set_policy(struct resources *r, const struct policy_config *config)
 {
     struct arena arena;
+    TRY(resources_check_policy(r, config));
     struct policy_env env = policy_env(r);
     bool warm = r->policy.vt != NULL, hooked = warm && r->policy.vt->decode_attention;
     int n_buckets;
+    const enum kv_format format = kv_dtype_format(config->dtype);
+    bool other_format = r->kv.format != format;
     policy_close(&r->policy);
     arena_init(&arena, r->policy_memory, r->policy_bytes);
     r->config.kv_cache = *config;
+    r->kv.format = format; /* of lanes to come; others know how they are stored */
     TRY(policy_open(&r->policy, config, &env, &arena));
-    if (!warm || !(hooked || r->policy.vt->decode_attention)) return OK;
-    ops_forget_steps(r->ops); /* the ops of a policy that has some in decode steps were recorded with them */
+    if (!warm || !(hooked || r->policy.vt->decode_attention || other_format)) return OK;
+    /* The ops of a policy that has some in decode steps, and the format that others read, were recorded with them. */
+    ops_forget_steps(r->ops);
     return model_warm(r->model, &r->kv, &r->policy, &r->sampling, &n_buckets);
 }
 

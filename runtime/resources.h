@@ -20,6 +20,7 @@ struct resources {
     struct policy policy;
     char *policy_memory; /* holds the state of the greediest policy, so that eval can change policies */
     size_t policy_bytes;
+    bool quantises;    /* the cache's dtype, or another that may be set, is one of 8 bits */
     size_t gpu_memory; /* of a GPU that is only planned for; 0: there is one, or its size is not known */
     /* Results of a step on their way to the host, one step late: two of each, used in turn. */
     int32_t *tokens;        /* [2, n_slots + 1]: next_token of all slots, then the cache's error word */
@@ -41,7 +42,10 @@ void resources_close(struct resources *r);
 int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint,
                     int64_t n_pages) MUST_CHECK;
 
-/* resources_set_policy - opens a policy in the memory set aside; closes the one before. */
+/* resources_check_policy - ERR_CONFIG where a policy cannot be set: see policy_check; an 8-bit dtype that no room was
+ * made for. resources_set_policy - opens a policy in the memory set aside, and the cache's dtype with it; closes the
+ * one before. With no sequence in a slot. */
+int resources_check_policy(const struct resources *r, const struct policy_config *config) MUST_CHECK;
 int resources_set_policy(struct resources *r, const struct policy_config *config) MUST_CHECK;
 
 /* resources_begin - loads the weights and resets the cache, after placing. */
@@ -51,7 +55,9 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint,
 /* Derived numbers. */
 /* resources_policy_page_bytes - what the policies' state takes with each page of the pool, at most. */
 int resources_policy_page_bytes(struct resources *r, size_t *bytes) MUST_CHECK;
-size_t resources_page_bytes(const struct resources *r);                               /* one page of the pool */
+size_t resources_page_bytes(const struct resources *r);        /* one page of the pool */
+size_t resources_scale_bytes(const struct resources *r);       /* the scales of its tokens; 0: none are needed */
+int64_t resources_kept_token_bytes(const struct resources *r); /* as resources_token_bytes, once the prompt has ended */
 int resources_max_images(const struct config *config, const struct model_dims *dims); /* of one step */
 int resources_max_prompt_tokens(const struct config *config); /* of all prompts that end in one step */
 int64_t resources_token_bytes(const struct model_dims *dims,

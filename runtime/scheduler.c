@@ -75,6 +75,7 @@ int scheduler_open(const struct scheduler_options *options, struct scheduler **o
     s->next_step = s->next_serial = 1;
     s->facts = (struct sequence_facts){.n_layers = s->dims->n_layers,
                                        .token_bytes = options->token_bytes,
+                                       .kept_token_bytes = options->token_bytes,
                                        .eos_ids = s->dims->eos_ids,
                                        .n_eos_ids = s->dims->n_eos_ids};
     return allocate(s);
@@ -101,6 +102,12 @@ void scheduler_close(struct scheduler *s)
 void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokenizer) { s->tokenizer = tokenizer; }
 
 void scheduler_use_policy(struct scheduler *s, const struct policy *policy) { s->facts.policy = policy; }
+
+void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes)
+{
+    pages_use_page_size(s->pages, page_tokens);
+    s->facts.kept_token_bytes = token_bytes;
+}
 
 int scheduler_max_running(const struct scheduler *s) { return s->max_running; }
 

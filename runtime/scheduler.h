@@ -31,6 +31,9 @@ void scheduler_close(struct scheduler *s);
 /* What completions need; before the first submit. Tokenizer and policy must outlive the scheduler. */
 void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokenizer);
 void scheduler_use_policy(struct scheduler *s, const struct policy *policy);
+/* scheduler_use_storage - how lanes are stored once their prompt has ended, where not as the prompt's: tokens of a
+ * page, and bytes of a token over all layers and ranks. With nothing active. */
+void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes);
 
 /* scheduler_submit - see engine_submit; `judging`: rows that the policy needs in the prompt's last chunk (1: none). */
 int scheduler_submit(struct scheduler *s, struct request *request, struct sink sink, int judging) MUST_CHECK;

@@ -130,7 +130,7 @@ static int64_t kept_bytes(const struct sequence *seq, const struct sequence_fact
 {
     int64_t tokens = 0;
     for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + seq->n_behind;
-    return tokens * facts->token_bytes / facts->n_layers;
+    return tokens * facts->kept_token_bytes / facts->n_layers;
 }
 
 /* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1), by the policy's count. */
@@ -140,7 +140,7 @@ static double step_bytes(const struct sequence *seq, const struct sequence_facts
     double kept = 0;
     for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
     struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i - 1);
-    return reads.tokens * (double)facts->token_bytes + (double)reads.beside_bytes;
+    return reads.tokens * (double)facts->kept_token_bytes + (double)reads.beside_bytes;
 }
 
 static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts)

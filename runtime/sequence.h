@@ -49,7 +49,7 @@ int sequence_continue(struct sequence *seq, const struct tokenizer *tokenizer) M
 struct sequence_facts {
     const struct policy *policy;
     int n_layers;
-    int64_t token_bytes; /* K and V of one token over all layers and ranks */
+    int64_t token_bytes, kept_token_bytes; /* K and V of one token over all layers and ranks; as the cache keeps it */
     const int *eos_ids;
     int n_eos_ids;
 };

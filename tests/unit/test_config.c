@@ -58,7 +58,7 @@ static void test_every_key_from_yaml(void)
     CHECK(config.max_model_len == 100 && config.max_num_seqs == 5 && config.max_num_batched_tokens == 77);
     CHECK(config.gpu_memory_utilization == 0.5 && config.kv_cache_memory_bytes == 256 << 20);
     CHECK(!strcmp(config.kv_cache.policy, "full") && config.kv_cache.budget.tokens == 64);
-    CHECK(config.kv_dtype == CONFIG_DTYPE_FLOAT32);
+    CHECK(config.kv_cache.dtype == KV_DTYPE_FLOAT32);
     const struct vl_cache_options *vl = &config.kv_cache.vl_cache;
     CHECK(vl->threshold == 0.02 && vl->clip_min == 0.03 && vl->clip_max == 0.9 && vl->window == 0.2);
     CHECK(vl->rounding == VL_CACHE_LARGEST_REMAINDER && vl->window_of == VL_CACHE_WINDOW_OF_PROMPT);
@@ -131,7 +131,8 @@ static void test_types_and_ranges(void)
     refuse("kv_cache: {vl_cache: {rounding: up}}\n", "must be floor, largest_remainder or water_filled");
     refuse("model: \"a\\nb\"\n", "control characters");
     /* Known, but not served yet: said as such. */
-    refuse("kv_cache: {dtype: fp8}\n", "kv_cache.dtype: fp8 is not served by this build; it serves auto or float32");
+    refuse("kv_cache: {dtype: float16}\n",
+           "kv_cache.dtype: float16 is not served by this build; it serves auto, float32, fp8 or int8");
     refuse("kv_cache: {heads: adaptiv}\n", "kv_cache.heads must be equal or adaptive");
     refuse("kv_cache: {evicted: host}\n", "host is not served by this build; it serves free");
     char long_path[CONFIG_PATH_BYTES + 64] = "model: ";
@@ -201,6 +202,12 @@ static void test_check(void)
     CHECK_FAILS(config_check(&config), ERR_CONFIG, "max_num_batched_tokens is 9, below max_num_seqs, 10");
     load("model: x\nkv_cache: {vl_cache: {clip_min: 0.5, clip_max: 0.4}}\n");
     CHECK_FAILS(config_check(&config), ERR_CONFIG, "clip_min is 0.5, above clip_max, 0.4");
+    load("model: a\nkv_cache: {policy: snapkv, dtype: int8}\n");
+    CHECK_OK(config_check(&config));
+    CHECK(config.kv_cache.dtype == KV_DTYPE_INT8 && kv_dtype_format(config.kv_cache.dtype) == KV_INT8);
+    load("model: a\nkv_cache: {policy: h2o, dtype: fp8}\n");
+    CHECK(kv_dtype_format(config.kv_cache.dtype) == KV_FP8);
+    CHECK_FAILS(config_check(&config), ERR_CONFIG, "kv_cache.dtype fp8 with kv_cache.policy h2o");
 }
 
 /* Prints, loads what was printed, and compares by hash and by a second print. */
@@ -364,7 +371,7 @@ static void test_command_line(void)
     parse_bad("vitrail run --json=1", "--json takes no value");
     parse_bad("vitrail run stray", "\"stray\" is no option");
     parse_bad("vitrail run --model m --max-num-seqs 0", "--max-num-seqs: max_num_seqs must be 1 to 4096; found 0");
-    parse_bad("vitrail run --kv-cache-dtype int8", "--kv-cache-dtype: kv_cache.dtype: int8 is not served");
+    parse_bad("vitrail run --kv-cache-dtype float16", "--kv-cache-dtype: kv_cache.dtype: float16 is not served");
     parse_bad("vitrail run --json", "no model");
     parse_bad("vitrail run --model m --kv-budget 0.1,0.2", "kv_cache.budget");
 }

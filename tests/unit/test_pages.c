@@ -123,9 +123,31 @@ static void test_fits(void)
     pages_close(NULL);
 }
 
+/* After a prompt a page may hold more tokens than before; a slot never gets more pages than it had. */
+static void test_kept_pages(void)
+{
+    struct pages *pages;
+    struct books b = open_books(&pages, 1, 2, 100);
+    int length[LAYERS] = {40, 40, 40, 40, 1};
+    CHECK(b.heads[0] == 2);
+    pages_use_page_size(pages, 2 * PAGE);
+    CHECK(pages_reserve(pages, 0, 3 * PAGE) && pages_free(pages) == 100 - LAYERS * 2 * 3);
+    pages_resize(pages, 0, length, 8, false);
+    CHECK(pages_free(pages) == 100 - (4 * 2 * 2 + 2));
+    pages_release(pages, 0);
+    CHECK(pages_reserve(pages, 0, 3 * PAGE));
+    pages_resize(pages, 0, length, 8, true); /* heads share 96 tokens (18): at most a page less a token more each */
+    CHECK(pages_free(pages) == 100 - (4 * ((2 * 48 + 2 * 31) / 32) + (2 * 9 + 2 * 31) / 32));
+    pages_release(pages, 0);
+    CHECK(pages_free(pages) == 100);
+    pages_close(pages);
+}
+
 int main(void)
 {
-    static const struct check_case cases[] = {
-        {"what fits", test_fits}, {"random reservations against plain sums", test_random}, {0}};
+    static const struct check_case cases[] = {{"what fits", test_fits},
+                                              {"random reservations against plain sums", test_random},
+                                              {"pages of another size after a prompt", test_kept_pages},
+                                              {0}};
     return check_run("pages", cases);
 }
