@@ -74,6 +74,11 @@ int cuda__probe_measure(const struct cuda *c, const struct ops_limits *limits, s
 int cuda__expected_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
+/* attention_quantised.cu - decode attention over lanes in an 8-bit format, and its scratch. */
+int cuda__quantised_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                              const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
+
 /* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
  * unless the ring is full. */
 int cuda__upload_open(struct cuda *c) MUST_CHECK;
@@ -158,6 +163,7 @@ int cuda__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *
                         const struct attention_heads *heads, const struct decode_judges *judges);
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                   int n_drops);
+int cuda__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                      const int *window);

@@ -1,13 +1,15 @@
 /* The paged cache: append, pack, release. Pages are popped and pushed with integer counters, so that which number a
  * lane gets may vary from run to run, and nothing else can. Every op leaves free pages + pages below the lanes' lengths
  * = all pages, also when it reports an error. */
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/quantised.cuh"
 
 enum { LANES_A_BLOCK = 4, WARP = 32 };
 
-__device__ static int pages_of(const struct kv_view &kv, int length)
+/* Pages that `length` tokens of a lane take. */
+__device__ static int pages_of(const struct kv_view &kv, int lane, int64_t length)
 {
-    return (int)(((int64_t)length + kv.page_size - 1) / kv.page_size);
+    const int tokens = page_tokens(kv, lane);
+    return (int)((length + tokens - 1) / tokens);
 }
 
 __global__ static void reset_kernel(struct kv_view kv)
@@ -15,7 +17,10 @@ __global__ static void reset_kernel(struct kv_view kv)
     wait_for_predecessor();
     const int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = first; i < kv.n_pages; i += step) kv.free_stack[i] = kv.n_pages - 1 - (int32_t)i;
-    for (int64_t i = first; i < (int64_t)kv.n_slots * kv.lanes_per_slot; i += step) kv.lane_len[i] = 0;
+    for (int64_t i = first; i < (int64_t)kv.n_slots * kv.lanes_per_slot; i += step) {
+        kv.lane_len[i] = 0;
+        if (kv.lane_format) kv.lane_format[i] = KV_PLAIN;
+    }
     if (first == 0) *kv.free_count = kv.n_pages, *kv.error = 0;
 }
 
@@ -28,15 +33,15 @@ int cuda__kv_reset(struct ops *o, const struct kv_view *kv)
 __device__ static int grow_lane(const struct kv_view &kv, int lane, int n)
 {
     const int thread = (int)threadIdx.x % WARP;
-    const int length = kv.lane_len[lane], have = pages_of(kv, length);
-    const int64_t wanted = ((int64_t)length + n + kv.page_size - 1) / kv.page_size;
+    const int length = kv.lane_len[lane], have = pages_of(kv, lane, length);
+    const int wanted = pages_of(kv, lane, (int64_t)length + n);
     int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
     int base = 0;
     if (wanted > kv.max_pages) {
         if (thread == 0) atomicOr(kv.error, KV_ERROR_LANE_FULL);
         return -1;
     }
-    const int more = (int)wanted - have;
+    const int more = wanted - have;
     if (more > 0) {
         if (thread == 0) {
             base = atomicSub(kv.free_count, more) - more;
@@ -56,6 +61,14 @@ __device__ static int grow_lane(const struct kv_view &kv, int lane, int n)
 
 /* ---- decode: one token a lane, a warp each ---- */
 
+/* A key or value of a quantised lane from where it lies; a whole warp. */
+template <typename T>
+__device__ static void put_row(const struct kv_view &kv, int lane, int64_t row, const uint32_t *from)
+{
+    const int i = (int)threadIdx.x % WARP, j = i + WARP, words = kv.head_dim / 2;
+    put_codes<T>(kv, lane_format(kv, lane), row, i, i < words ? from[i] : 0, j, j < words ? from[j] : 0);
+}
+
 template <typename T>
 __global__ static void append_one_kernel(struct kv_view kv, int lane_of_layer, int n_kv_heads, const T *k,
                                          int64_t k_stride, const T *v, int64_t v_stride, const int32_t *slot,
@@ -69,8 +82,14 @@ __global__ static void append_one_kernel(struct kv_view kv, int lane_of_layer, i
     const int lane = cache_lane(kv, slot[row], lane_of_layer + head), at = grow_lane(kv, lane, 1);
     if (at < 0) return;
     __syncwarp();
-    T *to = (T *)kv.pool.data + cache_key(kv, lane, at);
     const T *from_k = k + row * k_stride + (int64_t)head * dim, *from_v = v + row * v_stride + (int64_t)head * dim;
+    if (lane_format(kv, lane) != KV_PLAIN) {
+        const int64_t key = code_row(kv, lane, at);
+        put_row<T>(kv, lane, key, (const uint32_t *)from_k);
+        put_row<T>(kv, lane, key + code_tokens(kv), (const uint32_t *)from_v);
+        return;
+    }
+    T *to = (T *)kv.pool.data + cache_key(kv, lane, at);
     for (int i = thread; i < dim / 2; i += WARP) {
         ((uint32_t *)to)[i] = ((const uint32_t *)from_k)[i];
         ((uint32_t *)(to + (int64_t)kv.page_size * dim))[i] = ((const uint32_t *)from_v)[i];
@@ -90,8 +109,13 @@ __global__ static void grow_kernel(struct kv_view kv, int lane_of_layer, int n_k
     if (i >= n_seqs) return;
     const int n = cu_seqlens[i + 1] - cu_seqlens[i];
     int at = -1;
-    if (slot[i] >= 0 && slot[i] < kv.n_slots && n > 0)
-        at = grow_lane(kv, cache_lane(kv, slot[i], lane_of_layer + head), n);
+    if (slot[i] >= 0 && slot[i] < kv.n_slots && n > 0) {
+        const int lane = cache_lane(kv, slot[i], lane_of_layer + head);
+        if (lane_format(kv, lane) == KV_PLAIN)
+            at = grow_lane(kv, lane, n);
+        else if (threadIdx.x % WARP == 0)
+            atomicOr(kv.error, KV_ERROR_QUANTISED);
+    }
     if (threadIdx.x % WARP == 0) first[item] = at;
 }
 
@@ -110,17 +134,36 @@ struct turn_arguments {
     float scale;
 };
 
+/* Dimensions i, i + 1 of a head's row and their partners, turned. */
+template <typename T>
+__device__ static uint2 turn_pair(const T *from, int i, int half, const float *cosine, const float *sine)
+{
+    const float2 a = unpack2<T>(*(const uint32_t *)(from + i)), b = unpack2<T>(*(const uint32_t *)(from + half + i));
+    return make_uint2(pack2<T>(a.x * cosine[i] - b.x * sine[i], a.y * cosine[i + 1] - b.y * sine[i + 1]),
+                      pack2<T>(b.x * cosine[i] + a.x * sine[i], b.y * cosine[i + 1] + a.y * sine[i + 1]));
+}
+
 /* Turns a head's row, two dimensions and their partners a thread; `to` may be `from`. */
 template <typename T>
 __device__ static void turn_head(T *to, const T *from, int half, const float *cosine, const float *sine)
 {
     for (int i = 2 * ((int)threadIdx.x % WARP); i < half; i += 2 * WARP) {
-        const float2 a = unpack2<T>(*(const uint32_t *)(from + i)),
-                     b = unpack2<T>(*(const uint32_t *)(from + half + i));
-        *(uint32_t *)(to + i) = pack2<T>(a.x * cosine[i] - b.x * sine[i], a.y * cosine[i + 1] - b.y * sine[i + 1]);
-        *(uint32_t *)(to + half + i) =
-            pack2<T>(b.x * cosine[i] + a.x * sine[i], b.y * cosine[i + 1] + a.y * sine[i + 1]);
+        const uint2 turned = turn_pair<T>(from, i, half, cosine, sine);
+        *(uint32_t *)(to + i) = turned.x;
+        *(uint32_t *)(to + half + i) = turned.y;
     }
+}
+
+/* A key of a quantised lane: as it is rounded in a plain one, then as codes. half <= TURN_HALF_MOST, a pair a thread.
+ */
+template <typename T>
+__device__ static void turn_codes(const struct kv_view &kv, int lane, int64_t row, const T *from, int half,
+                                  const float *cosine, const float *sine)
+{
+    const int i = (int)threadIdx.x % WARP, words = kv.head_dim / 2;
+    const bool mine = 2 * i < half;
+    const uint2 turned = mine ? turn_pair<T>(from, 2 * i, half, cosine, sine) : make_uint2(0, 0);
+    put_codes<T>(kv, lane_format(kv, lane), row, mine ? i : words, turned.x, mine ? half / 2 + i : words, turned.y);
 }
 
 __device__ static int sequence_of(const int32_t *cu_seqlens, int n_seqs, int row);
@@ -161,9 +204,16 @@ template <typename T> __global__ static void __launch_bounds__(TURN_WARPS *WARP)
         const int at = place_of(a, row, item, &lane);
         if (at < 0) continue;
         __syncwarp();
-        T *to = (T *)a.kv.pool.data + cache_key(a.kv, lane, at);
-        turn_head<T>(to, (const T *)a.k + row * a.k_stride + (int64_t)item * dim, half, cosine, sine);
+        const T *k = (const T *)a.k + row * a.k_stride + (int64_t)item * dim;
         const uint32_t *v = (const uint32_t *)((const T *)a.v + row * a.v_stride + (int64_t)item * dim);
+        if (lane_format(a.kv, lane) != KV_PLAIN) {
+            const int64_t key = code_row(a.kv, lane, at);
+            turn_codes<T>(a.kv, lane, key, k, half, cosine, sine);
+            put_row<T>(a.kv, lane, key + code_tokens(a.kv), v);
+            continue;
+        }
+        T *to = (T *)a.kv.pool.data + cache_key(a.kv, lane, at);
+        turn_head<T>(to, k, half, cosine, sine);
         for (int i = thread; i < half; i += WARP) ((uint32_t *)(to + (int64_t)a.kv.page_size * dim))[i] = v[i];
     }
 }
@@ -304,7 +354,8 @@ __global__ static void __launch_bounds__(PACK_THREADS)
     wait_for_predecessor();
     const int lane = first_lane + (int)blockIdx.x, n = counts.n[blockIdx.x], length = kv.lane_len[lane];
     const int word = (int)(blockIdx.z * PACK_ROW + threadIdx.x % PACK_ROW), step = (int)threadIdx.x / PACK_ROW;
-    const int words = kv.head_dim * element / (int)sizeof(W), most = n < length ? n : length;
+    const int words = kv.head_dim * element / (int)sizeof(W);
+    const int most = lane_format(kv, lane) != KV_PLAIN ? 0 : n < length ? n : length;
     const int look = (int)threadIdx.x % PACK_ENTRIES, target = (int)threadIdx.x / PACK_ENTRIES;
     W *const pool = (W *)kv.pool.data + (int64_t)blockIdx.y * kv.page_size * words + word;
     int64_t looked = 0;
@@ -338,7 +389,7 @@ __device__ static void shrink_lane(const struct kv_view &kv, int lane, int lengt
 {
     const int thread = (int)threadIdx.x % WARP, before = kv.lane_len[lane];
     if (length > before) return;
-    const int keep = pages_of(kv, length), freed = pages_of(kv, before) - keep;
+    const int keep = pages_of(kv, lane, length), freed = pages_of(kv, lane, before) - keep;
     const int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
     int base = 0;
     if (freed > 0) {
@@ -356,7 +407,15 @@ __global__ static void shrink_kernel(struct kv_view kv, int first_lane, int n_la
     let_successor_start();
     wait_for_predecessor();
     const int i = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
-    if (i < n_lanes) shrink_lane(kv, first_lane + i, to_nothing ? 0 : counts.n[i]);
+    if (i >= n_lanes) return;
+    const bool quantised = lane_format(kv, first_lane + i) != KV_PLAIN;
+    if (quantised && !to_nothing) {
+        if (threadIdx.x % WARP == 0) atomicOr(kv.error, KV_ERROR_QUANTISED);
+        return;
+    }
+    shrink_lane(kv, first_lane + i, to_nothing ? 0 : counts.n[i]);
+    __syncwarp(); /* all know how it was stored */
+    if (quantised && threadIdx.x % WARP == 0) kv.lane_format[first_lane + i] = KV_PLAIN;
 }
 
 template <typename W>

@@ -211,7 +211,7 @@ static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
     static int (*const families[])(const struct cuda *, const struct ops_limits *, struct arena *) = {
-        cuda__kv_measure,    cuda__decode_measure,   cuda__listed_measure,
+        cuda__kv_measure,    cuda__decode_measure,   cuda__quantised_measure, cuda__listed_measure,
         cuda__probe_measure, cuda__expected_measure, cuda__sample_measure};
     struct cuda *c = cuda__of(o), planned = *c;
     struct arena arena;
@@ -249,6 +249,14 @@ static void forget_steps(struct ops *o)
 {
     (void)cudaStreamSynchronize(cuda__of(o)->stream);
     cuda__graphs_close(cuda__of(o));
+}
+
+/* One format for all lanes that a step reads. */
+static int attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                            const struct kv_view *kv, const struct attention_heads *heads)
+{
+    return kv->format == KV_PLAIN ? cuda__attention_decode(o, out, q, batch, kv, heads)
+                                  : cuda__attention_quantised(o, out, q, batch, kv, heads);
 }
 
 const struct ops_vt ops_cuda = {
@@ -291,7 +299,7 @@ const struct ops_vt ops_cuda = {
     .attention_vision = cuda__attention_vision,
     .attention_prefill = cuda__attention_prefill,
     .decode_begin = cuda__decode_begin,
-    .attention_decode = cuda__attention_decode,
+    .attention_decode = attention_decode,
     .attention_decode_listed = cuda__attention_decode_listed,
     .attention_probe = cuda__attention_probe,
     .judge_columns = cuda__judge_columns,
@@ -303,6 +311,7 @@ const struct ops_vt ops_cuda = {
     .rope_append = cuda__rope_append,
     .kv_pack = cuda__kv_pack,
     .kv_drop = cuda__kv_drop,
+    .kv_quantise = cuda__kv_quantise,
     .kv_release = cuda__kv_release,
     .select_top = cuda__select_top,
     .split_budgets = cuda__split_budgets,

@@ -36,6 +36,20 @@ static inline struct cache cache_take(struct cuda_fixture *f, int n_slots, int l
     return c;
 }
 
+static inline size_t cache_scale_bytes(const struct kv_view *kv)
+{
+    return (size_t)kv->n_pages * 2 * (size_t)kv_page_tokens(kv, KV_INT8) * sizeof(float);
+}
+
+/* Gives both caches what lanes in an 8-bit format need. */
+static inline void cache_quantise(struct cuda_fixture *f, struct cache *c, enum kv_format format)
+{
+    fixture_quantise(f->cpu, &c->cpu, format);
+    c->gpu.format = format;
+    c->gpu.scale = cuda_take(f, cache_scale_bytes(&c->gpu));
+    c->gpu.lane_format = cuda_take(f, (size_t)(c->gpu.n_slots * c->gpu.lanes_per_slot) * sizeof(int32_t));
+}
+
 /* The device's cache as host arrays, the pool in its own dtype. */
 static inline struct kv_view cache_fetch(struct cuda_fixture *f, const struct cache *c)
 {
@@ -54,6 +68,11 @@ static inline struct kv_view cache_fetch(struct cuda_fixture *f, const struct ca
     RUN(f, ops_download(&f->gpu, host.free_stack, c->gpu.free_stack, (size_t)c->gpu.n_pages * sizeof(int32_t)));
     RUN(f, ops_download(&f->gpu, host.free_count, c->gpu.free_count, sizeof(int32_t)));
     RUN(f, ops_download(&f->gpu, host.error, c->gpu.error, sizeof(int32_t)));
+    if (!c->gpu.lane_format) return host;
+    host.lane_format = fixture_take(f->cpu, lanes * sizeof(int32_t));
+    host.scale = fixture_take(f->cpu, cache_scale_bytes(&host));
+    RUN(f, ops_download(&f->gpu, host.lane_format, c->gpu.lane_format, lanes * sizeof(int32_t)));
+    RUN(f, ops_download(&f->gpu, host.scale, c->gpu.scale, cache_scale_bytes(&host)));
     return host;
 }
 
@@ -80,6 +99,27 @@ static inline bool cache_token_same(const struct kv_view *host, const struct kv_
     return true;
 }
 
+/* Codes of token i of a quantised lane, key or value, and its scale. */
+static inline const uint8_t *cache_codes(const struct kv_view *kv, int lane, int i, int value, float *scale)
+{
+    const int tokens = kv_page_tokens(kv, KV_INT8);
+    const int64_t page = kv->page_row[(int64_t)lane * kv->max_pages + i / tokens];
+    const int64_t row = (page * 2 + value) * tokens + i % tokens;
+    *scale = kv->scale[row];
+    return (const uint8_t *)kv->pool.data + row * kv->head_dim;
+}
+
+static inline bool cache_codes_same(const struct kv_view *host, const struct kv_view *cpu, int lane, int i)
+{
+    bool same = true;
+    for (int value = 0; value < 2; value++) {
+        float got, want;
+        const uint8_t *a = cache_codes(host, lane, i, value, &got), *b = cache_codes(cpu, lane, i, value, &want);
+        same = same && fixture_same(&got, &want, sizeof got) && fixture_same(a, b, (size_t)cpu->head_dim);
+    }
+    return same;
+}
+
 /* cache_check - the invariant of pages, the same lengths and error word, the same tokens. */
 static inline void cache_check(struct cuda_fixture *f, const struct cache *c)
 {
@@ -94,8 +134,13 @@ static inline void cache_check(struct cuda_fixture *f, const struct cache *c)
             cuda_wrong(f, "lane %d holds %d tokens, expected %d", lane, host.lane_len[lane], c->cpu.lane_len[lane]);
             return;
         }
+        const int format = host.lane_format ? host.lane_format[lane] : KV_PLAIN;
+        if (host.lane_format && format != c->cpu.lane_format[lane]) {
+            cuda_wrong(f, "lane %d is stored in format %d, expected %d", lane, format, c->cpu.lane_format[lane]);
+            return;
+        }
         for (int i = 0; i < host.lane_len[lane]; i++)
-            if (!cache_token_same(&host, &c->cpu, lane, i)) {
+            if (format ? !cache_codes_same(&host, &c->cpu, lane, i) : !cache_token_same(&host, &c->cpu, lane, i)) {
                 cuda_wrong(f, "token %d of lane %d (%d tokens) differs", i, lane, host.lane_len[lane]);
                 return;
             }
