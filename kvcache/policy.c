@@ -75,15 +75,23 @@ int policy_find(const char *name, const struct policy_vt **out)
          nearest_name(name, names));
 }
 
+/* Whether decode steps read lanes by ops of the policy's own, which know the model's dtype alone. */
+static bool reads_lanes(const struct policy_vt *vt, const struct policy_config *config)
+{
+    if (vt == &policy_pyramid_infer) return config->pyramid_infer.generation_block > 0;
+    return vt->decode_attention != NULL;
+}
+
 int policy_check(const struct policy_config *config)
 {
     const struct policy_vt *vt;
     TRY(policy_find(config->policy, &vt));
-    if (vt->decode_attention && kv_dtype_format(config->dtype) != KV_PLAIN)
+    if (kv_dtype_format(config->dtype) != KV_PLAIN && reads_lanes(vt, config))
         FAIL(ERR_CONFIG,
              "kv_cache.dtype %s with kv_cache.policy %s: that policy's decode steps read the model's dtype alone; set "
-             "kv_cache.dtype to auto, or another policy",
-             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name);
+             "kv_cache.dtype to auto, %s",
+             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name,
+             vt == &policy_pyramid_infer ? "or kv_cache.pyramid_infer.generation_block to 0" : "or another policy");
     return OK;
 }
 

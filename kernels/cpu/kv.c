@@ -169,6 +169,7 @@ int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot)
 
 static int check_drop(const struct kv_view *kv, int lane, const int32_t *index, const struct kv_drop *d)
 {
+    if (lane__format(kv, lane) != KV_PLAIN) FAIL(ERR_ARG, "ops_kv_drop: lane %d is quantised", lane);
     if (d->n_block > kv->lane_len[lane] - d->first)
         FAIL(ERR_ARG, "ops_kv_drop: entries %d .. %d of a lane of %d", d->first, d->first + d->n_block,
              kv->lane_len[lane]);

@@ -480,6 +480,7 @@ __global__ static void __launch_bounds__(PACK_THREADS)
     const struct kv_drop d = drops.of[blockIdx.x];
     if ((int)blockIdx.y >= d.n_lanes) return;
     const int lane = first_lane + d.lane + (int)blockIdx.y, n = left_behind(d, kv.lane_len[lane]);
+    if (lane_format(kv, lane) != KV_PLAIN) return;
     const int words = kv.head_dim * element / (int)sizeof(W), step = (int)threadIdx.x / PACK_ROW;
     const int word = (int)(blockIdx.z / 2 * PACK_ROW + threadIdx.x % PACK_ROW);
     W *const pool = (W *)kv.pool.data + (int64_t)(blockIdx.z % 2) * kv.page_size * words + word;
@@ -512,6 +513,10 @@ __global__ static void drop_shrink_kernel(struct kv_view kv, int first_lane, str
     const int i = (int)blockIdx.y * LANES_A_BLOCK + (int)threadIdx.x / WARP, lane = first_lane + d.lane + i;
     if (i >= d.n_lanes) return;
     const int n = left_behind(d, kv.lane_len[lane]);
+    if (lane_format(kv, lane) != KV_PLAIN) {
+        if (threadIdx.x % WARP == 0) atomicOr(kv.error, KV_ERROR_QUANTISED);
+        return;
+    }
     if (n >= 0) shrink_lane(kv, lane, d.first + n);
 }
 

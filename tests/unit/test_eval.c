@@ -309,6 +309,10 @@ static void test_lists(void)
     dtypes = "auto";
     CHECK_OK(run("full", NULL, NULL, &r));
     CHECK(r.n_runs == 1);
+    dtypes = "auto,int8,fp8";
+    CHECK_OK(run("full,snapkv", "0.1,0.2", NULL, &r));
+    CHECK(r.n_runs == 9 && engine.policy.dtype == KV_DTYPE_FP8);
+    CHECK_FAILS(run("full,h2o", NULL, NULL, &r), ERR_CONFIG, "kv_cache.dtype int8 with kv_cache.policy h2o");
     dtypes = NULL;
 }
 
