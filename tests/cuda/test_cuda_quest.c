@@ -82,7 +82,7 @@ static void compare_step(struct cuda_fixture *f, const struct bench *b, int laye
     int32_t slot[MOST_ROWS];
     int rows = 0;
     for (int i = 0; i < b->slots; i++) {
-        if (rows % 4 == 1) slot[rows++] = i % 2 ? -1 : b->slots;
+        if (rows % 4 == 1) slot[rows++] = -1;
         slot[rows++] = (i * 7 + step) % b->slots;
     }
     const int stride = b->c.cpu.max_pages * PAGE, lists = rows * s.n_kv_heads;
