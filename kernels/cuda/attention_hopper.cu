@@ -12,9 +12,8 @@
  * so that pages of any multiple of 16 make the same tiles.
  * Tiles are cut by position in the lane alone: a query's result is the same bits however a prompt is divided into
  * chunks and whatever else is in the batch. */
-#include <cudaTypedefs.h>
-
 #include "kernels/cuda/attention_instructions.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum { QUERIES = 128, KEYS = 128, STAGES = 2, UNIT = 16, GROUP = 128 };
 enum { CONSUMERS = 2, CONSUMER_WARPS = 8, THREADS = GROUP * (1 + CONSUMERS) };
@@ -433,35 +432,6 @@ __global__ void __launch_bounds__(THREADS, 1) attention_hopper_kernel(const __gr
 }
 
 /* ---- the host's side ---- */
-
-typedef PFN_cuTensorMapEncodeTiled_v12000 encode_tiled;
-
-static int find_encoder(encode_tiled *encode)
-{
-    void *function = NULL;
-    cudaDriverEntryPointQueryResult found;
-    CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess || !function)
-        FAIL(ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled, expected that of CUDA 12.0 or later");
-    *encode = (encode_tiled)function;
-    return OK;
-}
-
-/* A map of n_dims dimensions, the dense one first; stride[i]: bytes from one to the next along dimension i + 1. */
-static int encode_map(encode_tiled encode, CUtensorMap *map, const char *name, const struct tensor *t, int n_dims,
-                      const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box)
-{
-    static const cuuint32_t every[4] = {1, 1, 1, 1};
-    const CUtensorMapDataType type =
-        t->dtype == DTYPE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    CUresult result =
-        encode(map, type, (cuuint32_t)n_dims, t->data, size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS)
-        FAIL(ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d for %s, [%lld, %lld, %lld]", (int)result, name,
-             (long long)t->dim[0], (long long)t->dim[1], (long long)t->dim[2]);
-    return OK;
-}
 
 /* Queries: boxes of 64 columns, 1 head, 128 rows. */
 static int encode_queries(encode_tiled encode, CUtensorMap *map, const struct tensor *q)

@@ -22,7 +22,7 @@ struct cuda_graphs; /* graphs.c: one captured decode step a bucket */
 struct cuda_linear; /* linear.c: cuBLASLt, its workspace and its choices */
 
 enum { CUDA_FEW_ROWS = 8 /* rows up to which linears are bound by memory alone: gemv.cu */ };
-enum { CUDA_MARKS = 2, CUDA_WORKSPACE_BYTES = 32 << 20 };
+enum { CUDA_MARKS = 2, CUDA_WORKSPACE_BYTES = 32 << 20, CUDA_LEAST_COUNTERS = 256 };
 
 struct cuda {
     int device, n_multiprocessors;
@@ -38,8 +38,8 @@ struct cuda {
     int32_t *work_item;                  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
     int32_t *work_count;                 /* [max_lanes] pieces of each lane */
     int work_capacity, split_tokens, most_pieces;
-    void *workspace;  /* of cuBLASLt */
-    int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head are done */
+    void *workspace;  /* of cuBLASLt and linear_rows.cu */
+    int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head, or sums, are done */
     int n_counters;
     struct cuda_upload *upload;
     struct cuda_graphs *graphs;
@@ -103,6 +103,12 @@ bool cuda__gemv_fits(const struct cuda *c, struct tensor y, struct tensor x, str
 int cuda__linear_plain(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+
+/* linear_rows.cu - the same for as many rows as a decode step has, on Hopper. Scratch: the workspace and the counters. */
+bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w);
+int cuda__linear_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
+int cuda__linear_rows_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w,
+                             const float *bias) MUST_CHECK;
 
 /* attention_hopper.cu - prompt attention with wgmma and the tensor copy engine; false: not for this device or shape. */
 bool cuda__attention_hopper_fits(const struct cuda *c, const struct kv_view *kv, const struct attention_heads *heads);

@@ -1,6 +1,6 @@
-/* Linear layers: few rows by our own kernel (gemv.cu), which reads the weights once at memory speed; the rest by
- * cuBLASLt. What the library proposes for a shape is kept, so that a shape has the same result in every step; shapes
- * that it does not take (odd strides) go through a plain kernel. */
+/* Linear layers: few rows by our own kernels (gemv.cu, on Hopper linear_rows.cu), which read the weights once at memory
+ * speed; the rest by cuBLASLt. What the library proposes for a shape is kept, so that a shape has the same result in
+ * every step; shapes that it does not take (odd strides) go through a plain kernel. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -208,6 +208,8 @@ int cuda__linear_swiglu(struct ops *o, struct tensor y, struct tensor gate_up, s
                         const float *bias)
 {
     if (w.dtype == x.dtype && cuda__gemv_fits(cuda__of(o), y, x, w)) return cuda__gemv_swiglu(o, y, x, w, bias);
+    if (w.dtype == x.dtype && cuda__linear_rows_fits(cuda__of(o), y, x, w))
+        return cuda__linear_rows_swiglu(o, y, x, w, bias);
     TRY(cuda__linear(o, gate_up, x, w, bias));
     return cuda__swiglu(o, y, gate_up);
 }
@@ -217,5 +219,7 @@ int cuda__linear(struct ops *o, struct tensor y, struct tensor x, struct tensor 
     if (w.dtype != x.dtype)
         FAIL(ERR_UNSUPPORTED, "cuda: a linear of %s weights and %s rows, expected one dtype", dtype_name(w.dtype),
              dtype_name(x.dtype));
-    return cuda__gemv_fits(cuda__of(o), y, x, w) ? cuda__gemv(o, y, x, w, bias) : multiply(o, y, x, w, bias);
+    if (cuda__gemv_fits(cuda__of(o), y, x, w)) return cuda__gemv(o, y, x, w, bias);
+    if (cuda__linear_rows_fits(cuda__of(o), y, x, w)) return cuda__linear_rows(o, y, x, w, bias);
+    return multiply(o, y, x, w, bias);
 }

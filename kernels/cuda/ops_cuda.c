@@ -201,6 +201,7 @@ static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct
     const int pieces = (limits->max_context + c->split_tokens - 1) / c->split_tokens + 1; /* of a full lane */
     c->work_capacity = limits->max_seqs * (pieces < c->most_pieces ? pieces : c->most_pieces);
     c->n_counters = limits->max_seqs * limits->max_heads;
+    if (c->n_counters < CUDA_LEAST_COUNTERS) c->n_counters = CUDA_LEAST_COUNTERS;
     size_t lanes = (size_t)limits->max_lanes;
     TRY(arena_take(arena, lanes * (size_t)c->work_capacity * 4 * sizeof(int32_t), label, &c->work_item));
     TRY(arena_take(arena, lanes * sizeof(int32_t), label, &c->work_count));

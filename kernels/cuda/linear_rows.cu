@@ -1,0 +1,520 @@
+/* y = x w^T for 9 to 64 rows of x on Hopper: still bound by reading the weights once, but beyond what the registers of
+ * gemv.cu hold. Products are wgmma's of 64 rows of w by all rows of x; both sides come through the tensor copy engine
+ * into a ring as deep as shared memory is.
+ *
+ * Two blocks go together: each takes 128 rows of w, and each brings half of x for both, which halves what is read from
+ * the second-level cache beside the weights. A step is 64 columns; all steps of all tiles are dealt evenly to the pairs
+ * in one row, so that a tile may be shared by several. Those leave sums in scratch and the last one there adds them in
+ * the order of the columns. Who adds what is fixed by the weight's shape and the device: a row of y has the same bits
+ * whatever rows stand beside it, and however many.
+ *
+ * The ring fills with weights before the predecessor of the kernel has ended, and blocks whose sums wait for another's
+ * leave at once, so that the next linear may do the same. With `gated` a block takes 64 rows of the gate and the same
+ * 64 of the upper half, and writes silu(gate) * up. */
+#include <stdlib.h>
+
+#include "kernels/cuda/attention_instructions.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+
+enum {
+    ROWS_MOST = 64,    /* of x */
+    ROWS_HALF = 64,    /* rows of w of one product; a block has two */
+    ROWS_COLUMNS = 64, /* of a step: 128 bytes, which is the width of a swizzled box */
+    ROWS_CONSUMERS = 128,
+    ROWS_THREADS = ROWS_CONSUMERS + 32, /* the last warp starts the copies */
+    ROWS_RING_BYTES = 220 << 10,
+    ROWS_LEAST_STEPS = 4, /* of a pair: for less it is not worth another sum */
+    ROWS_MOST_BLOCKS = CUDA_LEAST_COUNTERS,
+    ROWS_SUM_BYTES = ROWS_CONSUMERS * ROWS_MOST * (int)sizeof(float), /* of a block's tile; two a block */
+};
+
+struct rows_arguments {
+    CUtensorMap w_map, x_map;
+    void *y;
+    const float *bias;
+    float4 *partial;  /* [blocks, 2, N / 4, ROWS_CONSUMERS]: sums of a tile that the block's range ends or begins in */
+    int32_t *counter; /* [blocks] how many sums of the tile are there whose first steps are this block's */
+    int64_t y_stride;
+    int n_rows, n_out;
+    int tile_steps, n_steps; /* of a tile, of all */
+    bool gated, wide;        /* wide: y is float32 */
+};
+
+template <int N> struct rows_ring {
+    static constexpr int stages = ROWS_RING_BYTES / ((2 * ROWS_HALF + N) * ROWS_COLUMNS * 2);
+    uint16_t w[stages][2][ROWS_HALF][ROWS_COLUMNS];
+    uint16_t x[stages][N][ROWS_COLUMNS];
+    uint64_t full[stages], empty[stages];
+    int arrived;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/* ---- instructions ---- */
+
+INLINE uint64_t read_once(void)
+{
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+INLINE uint64_t read_often(void)
+{
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+INLINE void box_load(uint32_t to, const void *map, uint32_t barrier, int column, int row, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+                 : "memory");
+}
+/* To the same place of all blocks of the mask, each of whose barriers at this place is told. */
+INLINE void box_load_shared(uint32_t to, const void *map, uint32_t barrier, int column, int row, uint16_t blocks,
+                            uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(policy)
+                 : "memory");
+}
+
+/* Arrives at the barrier at this place in a block of the cluster. */
+INLINE void barrier_arrive_at(uint32_t barrier, int block)
+{
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+                 "r"(block)
+                 : "memory");
+}
+INLINE void cluster_sync(void)
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+/* An 8 x 8 matrix of 16-bit values spread over a warp as products are, turned round. */
+INLINE uint32_t turn_matrix(uint32_t x)
+{
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+#define BIND_8(d, i) BIND_4(d, i), BIND_4(d, (i) + 4)
+#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+
+/* d[64, n] (+)= a b^T, both in shared memory, k along the rows. */
+#define WGMMA_ROWS(type, n, names, a, b, add, ...)                                                                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " a ", " b              \
+                 ", p, 1, 1, 0, 0;\n}"                                                                                 \
+                 : __VA_ARGS__                                                                                         \
+                 : "l"(whole_descriptor(w, 1024)), "l"(whole_descriptor(x, 1024)), "r"(sum))
+#define WGMMA_ROWS_16(type) WGMMA_ROWS(type, "16", NAMES_8, "%8", "%9", "%10", BIND_8(d, 0))
+#define WGMMA_ROWS_32(type) WGMMA_ROWS(type, "32", NAMES_16, "%16", "%17", "%18", BIND_16(d, 0))
+#define WGMMA_ROWS_48(type) WGMMA_ROWS(type, "48", NAMES_24, "%24", "%25", "%26", BIND_16(d, 0), BIND_8(d, 16))
+#define WGMMA_ROWS_64(type) WGMMA_ROWS(type, "64", NAMES_32, "%32", "%33", "%34", BIND_32(d))
+#define WGMMA_ROWS_OF(rows)                                                                                            \
+    do {                                                                                                               \
+        if constexpr (__is_same(T, bfloat))                                                                            \
+            WGMMA_ROWS_##rows("bf16");                                                                                 \
+        else                                                                                                           \
+            WGMMA_ROWS_##rows("f16");                                                                                  \
+    } while (0)
+
+template <typename T, int N> INLINE void wgmma_rows(float *d, uint32_t w, uint32_t x, int sum)
+{
+    if constexpr (N == 16)
+        WGMMA_ROWS_OF(16);
+    else if constexpr (N == 32)
+        WGMMA_ROWS_OF(32);
+    else if constexpr (N == 48)
+        WGMMA_ROWS_OF(48);
+    else
+        WGMMA_ROWS_OF(64);
+}
+
+/* ---- who does which steps ---- */
+
+/* Blocks that share x, and the range of steps that is theirs. */
+template <int TOGETHER> struct rows_share {
+    int group, n_groups, rank, first, end;
+};
+
+INLINE int first_step(const struct rows_arguments &a, int group, int n_groups)
+{
+    return (int)((int64_t)a.n_steps * group / n_groups);
+}
+/* The group whose range a step is in. */
+INLINE int group_of(const struct rows_arguments &a, int step, int n_groups)
+{
+    return (int)((((int64_t)step + 1) * n_groups - 1) / a.n_steps);
+}
+
+template <int TOGETHER> INLINE struct rows_share<TOGETHER> share_of(const struct rows_arguments &a) {
+    struct rows_share<TOGETHER> s;
+    s.n_groups = (int)gridDim.x / TOGETHER;
+    s.group = (int)blockIdx.x / TOGETHER;
+    s.rank = (int)blockIdx.x % TOGETHER; /* as the hardware numbers the blocks of a cluster */
+    s.first = first_step(a, s.group, s.n_groups);
+    s.end = first_step(a, s.group + 1, s.n_groups);
+    return s;
+}
+
+/* ---- the producer: one thread ---- */
+
+template <int N, int TOGETHER>
+INLINE void load_w(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m, int i,
+                   uint64_t policy)
+{
+    const int stage = i % rows_ring<N>::stages, step = s.first + i;
+    const int tile = step / a.tile_steps * TOGETHER + s.rank, column = step % a.tile_steps * ROWS_COLUMNS;
+    const int row = tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF), beside = row + (a.gated ? a.n_out : (int)ROWS_HALF);
+    const uint32_t full = shared_address(&m->full[stage]);
+    barrier_expect(full, (int)(sizeof m->w[0] + sizeof m->x[0]));
+    box_load(shared_address(m->w[stage][0]), &a.w_map, full, column, row, policy);
+    box_load(shared_address(m->w[stage][1]), &a.w_map, full, column, beside, policy);
+}
+
+template <int N, int TOGETHER>
+INLINE void load_x(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m, int i,
+                   uint64_t policy)
+{
+    const int stage = i % rows_ring<N>::stages, column = (s.first + i) % a.tile_steps * ROWS_COLUMNS;
+    const int row = s.rank * (N / TOGETHER);
+    const uint32_t to = shared_address(m->x[stage][row]), full = shared_address(&m->full[stage]);
+    if constexpr (TOGETHER == 1)
+        box_load(to, &a.x_map, full, column, row, policy);
+    else
+        box_load_shared(to, &a.x_map, full, column, row, (1 << TOGETHER) - 1, policy);
+}
+
+template <int N, int TOGETHER>
+INLINE void produce(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m)
+{
+    constexpr int stages = rows_ring<N>::stages;
+    const uint64_t once = read_once(), often = read_often();
+    const int n = s.end - s.first;
+    for (int i = 0; i < min(n, stages); i++) load_x<N, TOGETHER>(a, s, m, i, often); /* w is on its way */
+    for (int i = stages; i < n; i++) {
+        barrier_wait(shared_address(&m->empty[i % stages]), (i / stages + 1) % 2);
+        load_w<N, TOGETHER>(a, s, m, i, once);
+        load_x<N, TOGETHER>(a, s, m, i, often);
+    }
+}
+
+/* ---- consumers: a warpgroup ---- */
+
+/* Each warp tells all producers that write to the place. Not if none will again: then a block may have ended. */
+template <int N, int TOGETHER> INLINE void release(struct rows_ring<N> *m, int i, int n)
+{
+    constexpr int stages = rows_ring<N>::stages;
+    const int lane = (int)threadIdx.x % 32;
+    const uint32_t empty = shared_address(&m->empty[i % stages]);
+    if (i + stages >= n) return;
+    if constexpr (TOGETHER == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < TOGETHER) barrier_arrive_at(empty, lane);
+    }
+}
+
+/* sum = steps [i, end) of the block's n, all of one tile. */
+template <typename T, int N, int TOGETHER>
+INLINE void multiply_steps(struct rows_ring<N> *m, float *sum, int i, int end, int n)
+{
+    constexpr int stages = rows_ring<N>::stages, unit = ROWS_HALF * ROWS_COLUMNS * 2 / 16;
+    const int first = i;
+    for (; i < end; i++) {
+        const int stage = i % stages;
+        const uint32_t w = matrix_descriptor(shared_address(m->w[stage]), 0);
+        const uint32_t x = matrix_descriptor(shared_address(m->x[stage]), 0);
+        barrier_wait(shared_address(&m->full[stage]), i / stages % 2);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < ROWS_COLUMNS / 16; k++) {
+            wgmma_rows<T, N>(sum, w + 2 * k, x + 2 * k, i > first || k > 0);
+            wgmma_rows<T, N>(sum + N / 2, w + unit + 2 * k, x + 2 * k, i > first || k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (i > first) release<N, TOGETHER>(m, i - 1, n);
+    }
+    wgmma_wait<0>();
+    hold<N>(sum);
+    release<N, TOGETHER>(m, end - 1, n);
+}
+
+/* A tile's sum of a group stands in its second place if the group has the tile's first steps, else in its first. */
+template <int TOGETHER>
+INLINE float4 *place_of(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, int group, bool first)
+{
+    const int64_t at = (int64_t)(group * TOGETHER + s.rank) * 2 + first;
+    return a.partial + at * (ROWS_SUM_BYTES / (int)sizeof(float4)) + threadIdx.x;
+}
+
+template <int N> INLINE void load_sum(float4 *to, const float4 *from)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) to[i] = __ldcg(from + i * ROWS_CONSUMERS);
+}
+template <int N> INLINE void add_sum(float *sum, const float4 *more)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        sum[4 * i] += more[i].x, sum[4 * i + 1] += more[i].y;
+        sum[4 * i + 2] += more[i].z, sum[4 * i + 3] += more[i].w;
+    }
+}
+
+/* Of a tile of groups [low, high]: leaves this one's sum in scratch; the last to do so gets the whole, in the groups'
+ * order, and true. */
+template <int N, int TOGETHER>
+INLINE bool join_sums(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m,
+                      float *sum, int low, int high)
+{
+    int32_t *counter = &a.counter[low * TOGETHER + s.rank];
+    float4 *mine = place_of<TOGETHER>(a, s, s.group, s.group == low), now[N / 4], next[N / 4];
+#pragma unroll
+    for (int i = 0; i < N / 4; i++)
+        __stcg(mine + i * ROWS_CONSUMERS, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+    __threadfence();
+    group_sync(1, ROWS_CONSUMERS);
+    if (threadIdx.x == 0) m->arrived = atomicAdd(counter, 1);
+    group_sync(1, ROWS_CONSUMERS);
+    if (m->arrived < high - low) return false;
+    __threadfence();
+    if (threadIdx.x == 0) *counter = 0;
+    load_sum<N>(now, place_of<TOGETHER>(a, s, low, true));
+#pragma unroll
+    for (int i = 0; i < N; i++) sum[i] = 0;
+    for (int group = low + 1; group <= high; group++) {
+        load_sum<N>(next, place_of<TOGETHER>(a, s, group, false));
+        add_sum<N>(sum, now);
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) now[i] = next[i];
+    }
+    add_sum<N>(sum, now);
+    return true;
+}
+
+/* Two rows of w by two rows of x, as a thread holds them, turned round to two neighbouring values of one row of y. */
+template <typename T> INLINE void store_pair(const struct rows_arguments &a, int n, int m, float low, float high)
+{
+    const int lane = (int)threadIdx.x % 32;
+    const uint32_t pair = turn_matrix(pack2<T>(low, high));
+    n += lane / 4, m += lane % 4 * 2;
+    if (n < a.n_rows && m < a.n_out) *(uint32_t *)((T *)a.y + n * a.y_stride + m) = pair;
+}
+
+INLINE void store_wide(const struct rows_arguments &a, int n, int m, float low, float high)
+{
+    const int lane = (int)threadIdx.x % 32;
+    float *y = (float *)a.y + m + lane / 4;
+    n += lane % 4 * 2;
+    if (m + lane / 4 >= a.n_out) return;
+    if (n < a.n_rows) y[n * a.y_stride] = low;
+    if (n + 1 < a.n_rows) y[(n + 1) * a.y_stride] = high;
+}
+
+/* 64 rows of w from `row` on; the warp has 16 of them, a thread two: lane / 4 and the one 8 below. */
+template <typename T, int N> INLINE void store_half(const struct rows_arguments &a, const float *sum, int row)
+{
+    const int lane = (int)threadIdx.x % 32, m = row + (int)threadIdx.x / 32 * 16, mine = m + lane / 4;
+    const float bias = a.bias && mine < a.n_out ? a.bias[mine] : 0;
+    const float bias_below = a.bias && mine + 8 < a.n_out ? a.bias[mine + 8] : 0;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        const float *d = sum + 4 * j;
+        if (a.wide) {
+            store_wide(a, 8 * j, m, d[0] + bias, d[1] + bias);
+            store_wide(a, 8 * j, m + 8, d[2] + bias_below, d[3] + bias_below);
+        } else {
+            store_pair<T>(a, 8 * j, m, d[0] + bias, d[1] + bias);
+            store_pair<T>(a, 8 * j, m + 8, d[2] + bias_below, d[3] + bias_below);
+        }
+    }
+}
+
+/* silu(gate) * up; both rounded first, as when they are stored between the two ops. */
+template <typename T> INLINE float gate(float x, float up)
+{
+    x = to_float(from_float<T>(x));
+    return x / (1 + __expf(-x)) * to_float(from_float<T>(up));
+}
+
+template <typename T, int N> INLINE void store_gated(const struct rows_arguments &a, const float *sum, int row)
+{
+    const int lane = (int)threadIdx.x % 32, m = row + (int)threadIdx.x / 32 * 16, mine = m + lane / 4;
+    float bias[2] = {0, 0}, up_bias[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        if (a.bias && mine + 8 * r < a.n_out)
+            bias[r] = a.bias[mine + 8 * r], up_bias[r] = a.bias[a.n_out + mine + 8 * r];
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float *d = sum + 4 * j + 2 * r, *up = d + N / 2;
+            store_pair<T>(a, 8 * j, m + 8 * r, gate<T>(d[0] + bias[r], up[0] + up_bias[r]),
+                          gate<T>(d[1] + bias[r], up[1] + up_bias[r]));
+        }
+}
+
+template <typename T, int N, int TOGETHER>
+INLINE void consume(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m)
+{
+    float sum[N]; /* of the block's first 64 rows of w, then of the others */
+    for (int step = s.first; step < s.end;) {
+        const int tile = step / a.tile_steps, begin = tile * a.tile_steps, end = min(s.end, begin + a.tile_steps);
+        const int low = group_of(a, begin, s.n_groups), high = group_of(a, begin + a.tile_steps - 1, s.n_groups);
+        const int block_tile = tile * TOGETHER + s.rank;
+        multiply_steps<T, N, TOGETHER>(m, sum, step - s.first, end - s.first, s.end - s.first);
+        step = end;
+        if (low < high && !join_sums<N, TOGETHER>(a, s, m, sum, low, high)) continue;
+        if (a.gated) {
+            store_gated<T, N>(a, sum, block_tile * ROWS_HALF);
+        } else {
+            store_half<T, N>(a, sum, block_tile * 2 * ROWS_HALF);
+            store_half<T, N>(a, sum + N / 2, block_tile * 2 * ROWS_HALF + ROWS_HALF);
+        }
+    }
+}
+
+#endif
+
+/* ---- the kernel ---- */
+
+template <typename T, int N, int TOGETHER>
+__global__ void __launch_bounds__(ROWS_THREADS, 1) linear_rows_kernel(const __grid_constant__ struct rows_arguments a)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) unsigned char dynamic[];
+    struct rows_ring<N> *m = (struct rows_ring<N> *)(dynamic + (1024 - shared_address(dynamic) % 1024) % 1024);
+    const struct rows_share<TOGETHER> s = share_of<TOGETHER>(a);
+    constexpr int stages = rows_ring<N>::stages;
+    let_successor_start();
+    if (threadIdx.x == ROWS_CONSUMERS) {
+        const uint64_t once = read_once();
+        tensor_map_prefetch(&a.w_map);
+        tensor_map_prefetch(&a.x_map);
+        for (int i = 0; i < stages; i++) {
+            barrier_init(shared_address(&m->full[i]), 1);
+            barrier_init(shared_address(&m->empty[i]), ROWS_CONSUMERS / 32 * TOGETHER);
+        }
+        barriers_ready();
+        async_fence();
+        for (int i = 0; i < min(s.end - s.first, stages); i++) load_w<N, TOGETHER>(a, s, m, i, once);
+    }
+    __syncthreads();
+    if constexpr (TOGETHER > 1) cluster_sync(); /* the other block's barriers are there */
+    wait_for_predecessor();
+    if (threadIdx.x < ROWS_CONSUMERS)
+        consume<T, N, TOGETHER>(a, s, m);
+    else if (threadIdx.x == ROWS_CONSUMERS)
+        produce<N, TOGETHER>(a, s, m);
+#endif
+}
+
+/* ---- the host's side ---- */
+
+/* A matrix of 16-bit rows, in boxes of 64 columns and so many rows. */
+static int encode_rows(encode_tiled encode, CUtensorMap *map, const char *name, const struct tensor *t, int rows)
+{
+    const cuuint64_t size[2] = {(cuuint64_t)t->dim[1], (cuuint64_t)t->dim[0]};
+    const cuuint64_t stride[1] = {(cuuint64_t)t->stride[0] * 2};
+    const cuuint32_t box[2] = {ROWS_COLUMNS, (cuuint32_t)rows};
+    return encode_map(encode, map, name, t, 2, size, stride, box);
+}
+
+/* For measuring: VITRAIL_LINEAR_ROWS=0 leaves these shapes to the library, 1 has no blocks go together. */
+static int chosen_together(void)
+{
+    const char *text = getenv("VITRAIL_LINEAR_ROWS");
+    return text && *text == '0' ? 0 : text && *text == '1' ? 1 : 2;
+}
+
+bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w)
+{
+    const int64_t most = INT32_MAX / 2;
+    const bool narrow = y.dtype != DTYPE_F32;
+    return c->arch == 90 && chosen_together() && x.dim[0] > CUDA_FEW_ROWS && x.dim[0] <= ROWS_MOST &&
+           w.dim[0] >= 2 * ROWS_HALF && w.dim[1] >= ROWS_COLUMNS && w.dim[0] < most / ROWS_COLUMNS &&
+           w.dim[0] / ROWS_HALF * (w.dim[1] / ROWS_COLUMNS + 1) < most && w.dim[1] % 8 == 0 && w.stride[0] % 8 == 0 &&
+           x.stride[0] % 8 == 0 && ((uint64_t)w.data | (uint64_t)x.data) % 16 == 0 &&
+           (!narrow || (y.dim[1] % 2 == 0 && y.stride[0] % 2 == 0 && (uint64_t)y.data % 4 == 0)) &&
+           c->n_multiprocessors <= ROWS_MOST_BLOCKS && c->n_counters >= ROWS_MOST_BLOCKS;
+}
+
+template <typename T, int N, int TOGETHER> static int launch_rows(struct ops *o, struct rows_arguments *a, int n_tiles)
+{
+    const struct cuda *c = cuda__of(o);
+    const size_t bytes = sizeof(struct rows_ring<N>) + 1024;
+    const int most = c->n_multiprocessors / TOGETHER;
+    static_assert(sizeof(struct rows_ring<N>) + 1024 <= 227 << 10, "what a block of compute capability 9.0 may have");
+    a->n_steps = (n_tiles + TOGETHER - 1) / TOGETHER * a->tile_steps;
+    const int worth = a->n_steps / ROWS_LEAST_STEPS, groups = worth < 1 ? 1 : worth < most ? worth : most;
+    CUDA_TRY(cudaFuncSetAttribute(linear_rows_kernel<T, N, TOGETHER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  (int)bytes));
+    return cuda__launch_together(o, "linear_rows", linear_rows_kernel<T, N, TOGETHER>,
+                                 dim3((unsigned)(groups * TOGETHER)), dim3(ROWS_THREADS), bytes, TOGETHER, *a);
+}
+
+/* x's boxes are as many rows as one block of those together brings. */
+template <typename T, int N>
+static int launch_for(struct ops *o, struct rows_arguments *a, encode_tiled encode, const struct tensor *x, int n_tiles)
+{
+    const int together = chosen_together();
+    TRY(encode_rows(encode, &a->x_map, "x", x, N / together));
+    return together == 1 ? launch_rows<T, N, 1>(o, a, n_tiles) : launch_rows<T, N, 2>(o, a, n_tiles);
+}
+
+template <typename T>
+static int launch_padded(struct ops *o, struct rows_arguments *a, encode_tiled encode, const struct tensor *x,
+                         int n_tiles)
+{
+    switch ((a->n_rows + 15) / 16) {
+    case 1: return launch_for<T, 16>(o, a, encode, x, n_tiles);
+    case 2: return launch_for<T, 32>(o, a, encode, x, n_tiles);
+    case 3: return launch_for<T, 48>(o, a, encode, x, n_tiles);
+    default: return launch_for<T, 64>(o, a, encode, x, n_tiles);
+    }
+}
+
+static int multiply_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias,
+                         bool gated)
+{
+    const struct cuda *c = cuda__of(o);
+    static_assert(2 * ROWS_MOST_BLOCKS * ROWS_SUM_BYTES <= CUDA_WORKSPACE_BYTES, "sums of all blocks have room");
+    if (!c->workspace) FAIL(ERR_BUG, "cuda: ops_linear before ops_reserve");
+    struct rows_arguments a = {};
+    encode_tiled encode = NULL;
+    a.y = y.data, a.y_stride = y.stride[0];
+    a.bias = bias;
+    a.partial = (float4 *)c->workspace, a.counter = c->counter;
+    a.n_rows = (int)x.dim[0], a.n_out = (int)y.dim[1];
+    a.tile_steps = (int)((w.dim[1] + ROWS_COLUMNS - 1) / ROWS_COLUMNS);
+    a.gated = gated, a.wide = y.dtype == DTYPE_F32;
+    const int tile = gated ? ROWS_HALF : 2 * ROWS_HALF, n_tiles = (a.n_out + tile - 1) / tile;
+    TRY(find_encoder(&encode));
+    TRY(encode_rows(encode, &a.w_map, "w", &w, ROWS_HALF));
+    WITH_TYPE(w.dtype, T, return launch_padded<T>(o, &a, encode, &x, n_tiles));
+}
+
+int cuda__linear_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
+{
+    return multiply_rows(o, y, x, w, bias, false);
+}
+
+int cuda__linear_rows_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
+{
+    return multiply_rows(o, y, x, w, bias, true);
+}
