@@ -82,18 +82,19 @@ INLINE void box_load_shared(uint32_t to, const void *map, uint32_t barrier, int 
                  : "memory");
 }
 
-/* Arrives at the barrier at this place in a block of the cluster. */
+/* Arrives at the barrier at this place in a block of the cluster. Of the block's own scope: it orders no writes. */
 INLINE void barrier_arrive_at(uint32_t barrier, int block)
 {
     asm volatile("{\n.reg .b32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
                  "r"(block)
                  : "memory");
 }
+/* After barriers_ready in the thread that initialised barriers: the whole cluster may use them. */
 INLINE void cluster_sync(void)
 {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
 }
@@ -149,14 +150,11 @@ template <int TOGETHER> struct rows_share {
     int group, n_groups, rank, first, end;
 };
 
-INLINE int first_step(const struct rows_arguments &a, int group, int n_groups)
-{
-    return (int)((int64_t)a.n_steps * group / n_groups);
-}
+INLINE int first_step(const struct rows_arguments &a, int group, int n_groups) { return a.n_steps * group / n_groups; }
 /* The group whose range a step is in. */
 INLINE int group_of(const struct rows_arguments &a, int step, int n_groups)
 {
-    return (int)((((int64_t)step + 1) * n_groups - 1) / a.n_steps);
+    return ((step + 1) * n_groups - 1) / a.n_steps;
 }
 
 template <int TOGETHER> INLINE struct rows_share<TOGETHER> share_of(const struct rows_arguments &a) {
@@ -171,43 +169,80 @@ template <int TOGETHER> INLINE struct rows_share<TOGETHER> share_of(const struct
 
 /* ---- the producer: one thread ---- */
 
+/* A step: its place in the ring, its tile (of all blocks together) and its columns. */
+struct rows_step {
+    int stage, tile, column;
+};
+
+template <int TOGETHER>
+INLINE struct rows_step step_of(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s)
+{
+    return {0, s.first / a.tile_steps, s.first % a.tile_steps * ROWS_COLUMNS};
+}
+template <int N> INLINE void advance(const struct rows_arguments &a, struct rows_step *t)
+{
+    t->stage = t->stage + 1 < rows_ring<N>::stages ? t->stage + 1 : 0;
+    t->column += ROWS_COLUMNS;
+    if (t->column == a.tile_steps * ROWS_COLUMNS) t->column = 0, t->tile++;
+}
+
 template <int N, int TOGETHER>
-INLINE void load_w(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m, int i,
+INLINE void load_w(const struct rows_arguments &a, int rank, struct rows_ring<N> *m, const struct rows_step &t,
                    uint64_t policy)
 {
-    const int stage = i % rows_ring<N>::stages, step = s.first + i;
-    const int tile = step / a.tile_steps * TOGETHER + s.rank, column = step % a.tile_steps * ROWS_COLUMNS;
-    const int row = tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF), beside = row + (a.gated ? a.n_out : (int)ROWS_HALF);
-    const uint32_t full = shared_address(&m->full[stage]);
+    const int row = (t.tile * TOGETHER + rank) * (a.gated ? ROWS_HALF : 2 * ROWS_HALF);
+    const int beside = row + (a.gated ? a.n_out : (int)ROWS_HALF);
+    const uint32_t full = shared_address(&m->full[t.stage]);
     barrier_expect(full, (int)(sizeof m->w[0] + sizeof m->x[0]));
-    box_load(shared_address(m->w[stage][0]), &a.w_map, full, column, row, policy);
-    box_load(shared_address(m->w[stage][1]), &a.w_map, full, column, beside, policy);
+    box_load(shared_address(m->w[t.stage][0]), &a.w_map, full, t.column, row, policy);
+    box_load(shared_address(m->w[t.stage][1]), &a.w_map, full, t.column, beside, policy);
 }
 
 template <int N, int TOGETHER>
-INLINE void load_x(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m, int i,
+INLINE void load_x(const struct rows_arguments &a, int rank, struct rows_ring<N> *m, const struct rows_step &t,
                    uint64_t policy)
 {
-    const int stage = i % rows_ring<N>::stages, column = (s.first + i) % a.tile_steps * ROWS_COLUMNS;
-    const int row = s.rank * (N / TOGETHER);
-    const uint32_t to = shared_address(m->x[stage][row]), full = shared_address(&m->full[stage]);
+    const int row = rank * (N / TOGETHER);
+    const uint32_t to = shared_address(m->x[t.stage][row]), full = shared_address(&m->full[t.stage]);
     if constexpr (TOGETHER == 1)
-        box_load(to, &a.x_map, full, column, row, policy);
+        box_load(to, &a.x_map, full, t.column, row, policy);
     else
-        box_load_shared(to, &a.x_map, full, column, row, (1 << TOGETHER) - 1, policy);
+        box_load_shared(to, &a.x_map, full, t.column, row, (1 << TOGETHER) - 1, policy);
+}
+
+/* The first weights, before anything else is known; returns the step after them. */
+template <int N, int TOGETHER>
+INLINE struct rows_step begin_ring(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s,
+                                   struct rows_ring<N> *m)
+{
+    const uint64_t once = read_once();
+    struct rows_step t = step_of<TOGETHER>(a, s);
+    tensor_map_prefetch(&a.w_map);
+    tensor_map_prefetch(&a.x_map);
+    for (int i = 0; i < rows_ring<N>::stages; i++) {
+        barrier_init(shared_address(&m->full[i]), 1);
+        barrier_init(shared_address(&m->empty[i]), ROWS_CONSUMERS / 32 * TOGETHER);
+    }
+    barriers_ready();
+    async_fence();
+    for (int i = 0; i < min(s.end - s.first, rows_ring<N>::stages); i++, advance<N>(a, &t))
+        load_w<N, TOGETHER>(a, s.rank, m, t, once);
+    return t;
 }
 
 template <int N, int TOGETHER>
-INLINE void produce(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m)
+INLINE void produce(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m,
+                    struct rows_step t)
 {
     constexpr int stages = rows_ring<N>::stages;
     const uint64_t once = read_once(), often = read_often();
     const int n = s.end - s.first;
-    for (int i = 0; i < min(n, stages); i++) load_x<N, TOGETHER>(a, s, m, i, often); /* w is on its way */
-    for (int i = stages; i < n; i++) {
-        barrier_wait(shared_address(&m->empty[i % stages]), (i / stages + 1) % 2);
-        load_w<N, TOGETHER>(a, s, m, i, once);
-        load_x<N, TOGETHER>(a, s, m, i, often);
+    struct rows_step first = step_of<TOGETHER>(a, s);
+    for (int i = 0; i < min(n, stages); i++, advance<N>(a, &first)) load_x<N, TOGETHER>(a, s.rank, m, first, often);
+    for (int i = stages; i < n; i++, advance<N>(a, &t)) {
+        barrier_wait(shared_address(&m->empty[t.stage]), (i / stages + 1) % 2);
+        load_w<N, TOGETHER>(a, s.rank, m, t, once);
+        load_x<N, TOGETHER>(a, s.rank, m, t, often);
     }
 }
 
@@ -306,67 +341,69 @@ INLINE bool join_sums(const struct rows_arguments &a, const struct rows_share<TO
     return true;
 }
 
-/* Two rows of w by two rows of x, as a thread holds them, turned round to two neighbouring values of one row of y. */
-template <typename T> INLINE void store_pair(const struct rows_arguments &a, int n, int m, float low, float high)
-{
-    const int lane = (int)threadIdx.x % 32;
-    const uint32_t pair = turn_matrix(pack2<T>(low, high));
-    n += lane / 4, m += lane % 4 * 2;
-    if (n < a.n_rows && m < a.n_out) *(uint32_t *)((T *)a.y + n * a.y_stride + m) = pair;
-}
-
-INLINE void store_wide(const struct rows_arguments &a, int n, int m, float low, float high)
-{
-    const int lane = (int)threadIdx.x % 32;
-    float *y = (float *)a.y + m + lane / 4;
-    n += lane % 4 * 2;
-    if (m + lane / 4 >= a.n_out) return;
-    if (n < a.n_rows) y[n * a.y_stride] = low;
-    if (n + 1 < a.n_rows) y[(n + 1) * a.y_stride] = high;
-}
-
-/* 64 rows of w from `row` on; the warp has 16 of them, a thread two: lane / 4 and the one 8 below. */
-template <typename T, int N> INLINE void store_half(const struct rows_arguments &a, const float *sum, int row)
-{
-    const int lane = (int)threadIdx.x % 32, m = row + (int)threadIdx.x / 32 * 16, mine = m + lane / 4;
-    const float bias = a.bias && mine < a.n_out ? a.bias[mine] : 0;
-    const float bias_below = a.bias && mine + 8 < a.n_out ? a.bias[mine + 8] : 0;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-        const float *d = sum + 4 * j;
-        if (a.wide) {
-            store_wide(a, 8 * j, m, d[0] + bias, d[1] + bias);
-            store_wide(a, 8 * j, m + 8, d[2] + bias_below, d[3] + bias_below);
-        } else {
-            store_pair<T>(a, 8 * j, m, d[0] + bias, d[1] + bias);
-            store_pair<T>(a, 8 * j, m + 8, d[2] + bias_below, d[3] + bias_below);
-        }
-    }
-}
+/* ---- results: a thread holds two rows of w, `m` and the one 8 below, by two rows of x in every 8 ---- */
 
 /* silu(gate) * up; both rounded first, as when they are stored between the two ops. */
 template <typename T> INLINE float gate(float x, float up)
 {
     x = to_float(from_float<T>(x));
-    return x / (1 + __expf(-x)) * to_float(from_float<T>(up));
+    return __fdividef(x, 1 + __expf(-x)) * to_float(from_float<T>(up));
 }
 
-template <typename T, int N> INLINE void store_gated(const struct rows_arguments &a, const float *sum, int row)
+/* 8 rows of w from `row` on, sum[4 j] and the next those by two of rows 8 j and on of x. Narrow ones are turned round
+ * in the warp to two neighbouring values of one row of y. */
+template <typename T, int N> INLINE void store_eight(const struct rows_arguments &a, const float *sum, int row)
 {
-    const int lane = (int)threadIdx.x % 32, m = row + (int)threadIdx.x / 32 * 16, mine = m + lane / 4;
-    float bias[2] = {0, 0}, up_bias[2] = {0, 0};
+    const int lane = (int)threadIdx.x % 32, x = a.wide ? lane % 4 * 2 : lane / 4;
+    const int m = row + (a.wide ? lane / 4 : lane % 4 * 2), n = m < a.n_out ? a.n_rows - x : 0;
+    const int64_t at = x * a.y_stride + m;
+    if (a.wide) {
+        float *y = (float *)a.y + at;
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-        if (a.bias && mine + 8 * r < a.n_out)
-            bias[r] = a.bias[mine + 8 * r], up_bias[r] = a.bias[a.n_out + mine + 8 * r];
-#pragma unroll
-    for (int j = 0; j < N / 8; j++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float *d = sum + 4 * j + 2 * r, *up = d + N / 2;
-            store_pair<T>(a, 8 * j, m + 8 * r, gate<T>(d[0] + bias[r], up[0] + up_bias[r]),
-                          gate<T>(d[1] + bias[r], up[1] + up_bias[r]));
+        for (int j = 0; j < N / 8; j++, y += 8 * a.y_stride) {
+            if (8 * j < n) y[0] = sum[4 * j];
+            if (8 * j + 1 < n) y[a.y_stride] = sum[4 * j + 1];
         }
+    } else {
+        T *y = (T *)a.y + at;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++, y += 8 * a.y_stride) {
+            const uint32_t pair = turn_matrix(pack2<T>(sum[4 * j], sum[4 * j + 1]));
+            if (8 * j < n) *(uint32_t *)y = pair;
+        }
+    }
+}
+
+/* Adds the bias of two rows of w; `of`: where that of the thread's first stands, `left`: rows from there on. */
+template <int N> INLINE void add_bias(float *sum, const float *of, int left)
+{
+    const float bias = left > 0 ? of[0] : 0, below = left > 8 ? of[8] : 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) sum[i] += i % 4 < 2 ? bias : below;
+}
+
+/* The block's sums: its first 64 rows of w, then its others. A warp has 16 rows of each. */
+template <typename T, int N> INLINE void store_sums(const struct rows_arguments &a, float *sum, int block_tile)
+{
+    const int lane = (int)threadIdx.x % 32, within = (int)threadIdx.x / 32 * 16;
+    const int row = block_tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF) + within, mine = row + lane / 4;
+    if (a.bias) {
+        add_bias<N>(sum, a.bias + mine, a.n_out - mine);
+        if (a.gated)
+            add_bias<N>(sum + N / 2, a.bias + a.n_out + mine, a.n_out - mine);
+        else
+            add_bias<N>(sum + N / 2, a.bias + mine + ROWS_HALF, a.n_out - mine - ROWS_HALF);
+    }
+    if (a.gated) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) sum[i] = gate<T>(sum[i], sum[N / 2 + i]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half && a.gated) break;
+        store_eight<T, N>(a, sum + half * N / 2, row + half * ROWS_HALF);
+        store_eight<T, N>(a, sum + half * N / 2 + 2, row + half * ROWS_HALF + 8);
+    }
 }
 
 template <typename T, int N, int TOGETHER>
@@ -376,16 +413,10 @@ INLINE void consume(const struct rows_arguments &a, const struct rows_share<TOGE
     for (int step = s.first; step < s.end;) {
         const int tile = step / a.tile_steps, begin = tile * a.tile_steps, end = min(s.end, begin + a.tile_steps);
         const int low = group_of(a, begin, s.n_groups), high = group_of(a, begin + a.tile_steps - 1, s.n_groups);
-        const int block_tile = tile * TOGETHER + s.rank;
         multiply_steps<T, N, TOGETHER>(m, sum, step - s.first, end - s.first, s.end - s.first);
         step = end;
         if (low < high && !join_sums<N, TOGETHER>(a, s, m, sum, low, high)) continue;
-        if (a.gated) {
-            store_gated<T, N>(a, sum, block_tile * ROWS_HALF);
-        } else {
-            store_half<T, N>(a, sum, block_tile * 2 * ROWS_HALF);
-            store_half<T, N>(a, sum + N / 2, block_tile * 2 * ROWS_HALF + ROWS_HALF);
-        }
+        store_sums<T, N>(a, sum, tile * TOGETHER + s.rank);
     }
 }
 
@@ -400,27 +431,16 @@ __global__ void __launch_bounds__(ROWS_THREADS, 1) linear_rows_kernel(const __gr
     extern __shared__ __align__(1024) unsigned char dynamic[];
     struct rows_ring<N> *m = (struct rows_ring<N> *)(dynamic + (1024 - shared_address(dynamic) % 1024) % 1024);
     const struct rows_share<TOGETHER> s = share_of<TOGETHER>(a);
-    constexpr int stages = rows_ring<N>::stages;
+    struct rows_step next = {};
     let_successor_start();
-    if (threadIdx.x == ROWS_CONSUMERS) {
-        const uint64_t once = read_once();
-        tensor_map_prefetch(&a.w_map);
-        tensor_map_prefetch(&a.x_map);
-        for (int i = 0; i < stages; i++) {
-            barrier_init(shared_address(&m->full[i]), 1);
-            barrier_init(shared_address(&m->empty[i]), ROWS_CONSUMERS / 32 * TOGETHER);
-        }
-        barriers_ready();
-        async_fence();
-        for (int i = 0; i < min(s.end - s.first, stages); i++) load_w<N, TOGETHER>(a, s, m, i, once);
-    }
+    if (threadIdx.x == ROWS_CONSUMERS) next = begin_ring<N, TOGETHER>(a, s, m);
     __syncthreads();
     if constexpr (TOGETHER > 1) cluster_sync(); /* the other block's barriers are there */
     wait_for_predecessor();
     if (threadIdx.x < ROWS_CONSUMERS)
         consume<T, N, TOGETHER>(a, s, m);
     else if (threadIdx.x == ROWS_CONSUMERS)
-        produce<N, TOGETHER>(a, s, m);
+        produce<N, TOGETHER>(a, s, m, next);
 #endif
 }
 
@@ -447,9 +467,9 @@ bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor
     const int64_t most = INT32_MAX / 2;
     const bool narrow = y.dtype != DTYPE_F32;
     return c->arch == 90 && chosen_together() && x.dim[0] > CUDA_FEW_ROWS && x.dim[0] <= ROWS_MOST &&
-           w.dim[0] >= 2 * ROWS_HALF && w.dim[1] >= ROWS_COLUMNS && w.dim[0] < most / ROWS_COLUMNS &&
-           w.dim[0] / ROWS_HALF * (w.dim[1] / ROWS_COLUMNS + 1) < most && w.dim[1] % 8 == 0 && w.stride[0] % 8 == 0 &&
-           x.stride[0] % 8 == 0 && ((uint64_t)w.data | (uint64_t)x.data) % 16 == 0 &&
+           w.dim[0] >= 2 * ROWS_HALF && w.dim[1] >= ROWS_COLUMNS && w.dim[0] < most && w.dim[1] < most &&
+           (w.dim[0] / ROWS_HALF + 2) * (w.dim[1] / ROWS_COLUMNS + 1) < most / ROWS_MOST_BLOCKS && w.dim[1] % 8 == 0 &&
+           w.stride[0] % 8 == 0 && x.stride[0] % 8 == 0 && ((uint64_t)w.data | (uint64_t)x.data) % 16 == 0 &&
            (!narrow || (y.dim[1] % 2 == 0 && y.stride[0] % 2 == 0 && (uint64_t)y.data % 4 == 0)) &&
            c->n_multiprocessors <= ROWS_MOST_BLOCKS && c->n_counters >= ROWS_MOST_BLOCKS;
 }
