@@ -90,6 +90,75 @@ static void test_rows_apart(void)
     cuda_end(f);
 }
 
+/* ---- the sizes of decode batches: 9 to 64 rows ---- */
+
+enum { DECODE_LEAST = 9, DECODE_MOST = 64 };
+
+/* kernels/cuda/cuda.h's: whether our own kernel takes the shape, of which more is true than of the library's. */
+struct cuda;
+bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w);
+
+/* Every number of rows; tiles of w that are whole, cut, or shared by blocks; columns that end within a step. The last
+ * gap leaves x misaligned, which is the library's. */
+static void test_decode_rows(void)
+{
+    static const int shapes[][2] = {{384, 576}, {128, 64}, {130, 72}, {1000, 1000}, {2048, 4096}, {8448, 1024}};
+    static const int gaps[] = {0, 16, 0, 32, 48, 6};
+    struct cuda_fixture *f = cuda_begin(5);
+    for (int i = 0; i < (f->effort == QUICK ? 1 : 6); i++) {
+        const int n = shapes[i][0], k = shapes[i][1], step = f->effort == QUICK ? 18 : f->effort == SOME ? 5 : 1;
+        struct twin w = twin_2d(f, n, k, i == 3 ? 8 : 0, 1.0f / sqrtf((float)k));
+        struct pair bias = pair_floats(f, n, 1, 0);
+        for (int m = DECODE_LEAST; m <= DECODE_MOST; m += step)
+            compare(f, m, w, bias, (struct variant){m / 2 % 2, (m + i) % 5 == 0, gaps[(m + i) % 6]});
+        cuda_clear(f);
+    }
+    cuda_end(f);
+}
+
+/* Some of the rows of `all` are the same bits as when they were computed with all 64. */
+static void check_same_rows(struct cuda_fixture *f, struct twin all, struct twin part, int first)
+{
+    const size_t size = dtype_size(all.gpu.dtype), row = (size_t)all.cpu.dim[1] * size;
+    const char *a = twin_fetch(f, all), *b = twin_fetch(f, part);
+    const size_t guard = (size_t)cuda_guard(f) * size, bytes = (size_t)part.cpu.dim[0] * row;
+    EXPECT(f, fixture_same(a + guard + (size_t)first * row, b + guard, bytes));
+}
+
+static void compare_batches(struct cuda_fixture *f, int n, int k, bool wide, bool gated)
+{
+    struct twin w = twin_2d(f, gated ? 2 * n : n, k, 0, 0.05f), x = twin_2d(f, DECODE_MOST, k, 0, 1);
+    struct twin room = twin_2d(f, DECODE_MOST, 2 * n, 0, 0), y[DECODE_MOST + 1];
+    for (int m = DECODE_MOST; m >= DECODE_LEAST; m -= f->effort == ALL ? 1 : 11) {
+        const int first = (DECODE_MOST - m) * 5 / 7;
+        const struct twin rows = twin_rows(x, first, m);
+        y[m] = twin_make(f, wide ? DTYPE_F32 : f->dtype, m, n, -1, 0, 0);
+        cuda_what(f, "linear%s rows [%d, %d) of 64, %d to %d%s", gated ? "_swiglu" : "", first, first + m, k, n,
+                  wide ? ", float32" : "");
+        if (!cuda__linear_rows_fits((const struct cuda *)f->gpu.impl, y[m].gpu, rows.gpu, w.gpu)) continue;
+        if (gated)
+            RUN(f, ops_linear_swiglu(&f->gpu, y[m].gpu, twin_rows(room, 0, m).gpu, rows.gpu, w.gpu, NULL));
+        else
+            RUN(f, ops_linear(&f->gpu, y[m].gpu, rows.gpu, w.gpu, NULL));
+        check_same_rows(f, y[DECODE_MOST], y[m], first);
+    }
+    cuda_clear(f);
+}
+
+/* Requests come and go: what a sequence computes must not change with their number. */
+static void test_batches_alike(void)
+{
+    struct cuda_fixture *f = cuda_begin(6);
+    compare_batches(f, 384, 576, false, false);
+    compare_batches(f, 192, 576, false, true);
+    if (f->effort != QUICK) {
+        compare_batches(f, 2048, 4096, false, false);
+        compare_batches(f, 1000, 1096, true, false);
+        compare_batches(f, 1536, 2048, false, true);
+    }
+    cuda_end(f);
+}
+
 /* ---- with the gate ---- */
 
 static void compare_gated(struct cuda_fixture *f, int m, int features, int k, bool with_bias, int gap)
@@ -116,6 +185,10 @@ static void test_gated(void)
             if (f->effort == SOME && (i + j) % 2) continue;
             compare_gated(f, rows[j], shapes[i][0], shapes[i][1], (i + j) % 3 == 0, (i + j) % 4 * 8);
         }
+    for (int m = DECODE_LEAST; m <= DECODE_MOST; m += f->effort == ALL ? 1 : f->effort == SOME ? 7 : 55) {
+        compare_gated(f, m, m % 2 ? 192 : 1000, 576, m % 3 == 0, m % 4 * 8);
+        if (f->effort != QUICK && m % 8 == 1) compare_gated(f, m, 2048, 1096, m % 3 == 1, m % 5 * 2);
+    }
     if (f->effort == ALL) {
         compare_gated(f, 1, 14336, 4096, false, 0);
         compare_gated(f, 4, 13824, 5120, false, 0);
@@ -128,6 +201,8 @@ int main(int argc, char **argv)
     const struct check_case cases[] = {{"odd shapes", test_odd},
                                        {"shapes of models", test_models},
                                        {"rows apart", test_rows_apart},
+                                       {"decode batches", test_decode_rows},
+                                       {"batches alike", test_batches_alike},
                                        {"with the gate", test_gated},
                                        {0}};
     return cuda_main("cuda_linear", cases, argc, argv);
