@@ -41,6 +41,7 @@ struct vl_cache_options {
     int min_rows;              /* judging rows: extend back over text to this many, 16; 0 is the paper's rule */
     int no_image_rows;         /* judging rows of a prompt without image, 64 */
     int max_rows;              /* judge by the last max_rows rows only (the paper's speed runs: 50); 0: no cap */
+    int kernel;                /* odd width of an average over neighbouring scores; 1: none, as the paper has it */
 };
 void vl_cache_options_default(struct vl_cache_options *options);
 

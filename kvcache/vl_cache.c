@@ -20,7 +20,8 @@ void vl_cache_options_default(struct vl_cache_options *options)
                                          .window_of = VL_CACHE_WINDOW_OF_LAYER,
                                          .min_rows = 16,
                                          .no_image_rows = 64,
-                                         .max_rows = 0};
+                                         .max_rows = 0,
+                                         .kernel = 1};
 }
 
 int vl_cache_judging_rows(const struct vl_cache_options *options, int m, const struct image_span *spans, int n_spans,

@@ -124,10 +124,17 @@ int config_check(const struct config *config)
     if (vl->clip_min > vl->clip_max)
         FAIL(ERR_CONFIG, "kv_cache.vl_cache.clip_min is %g, above clip_max, %g; lower one or raise the other",
              vl->clip_min, vl->clip_max);
-    if (config->kv_cache.snapkv.kernel % 2 == 0 || config->kv_cache.pyramid_kv.kernel % 2 == 0)
-        FAIL(ERR_CONFIG,
-             "kv_cache.%s.kernel is even; a token's own score is the middle of its average: give an odd one",
-             config->kv_cache.snapkv.kernel % 2 == 0 ? "snapkv" : "pyramid_kv");
+    const struct {
+        const char *key;
+        int value;
+    } kernels[] = {{"vl_cache", vl->kernel},
+                   {"snapkv", config->kv_cache.snapkv.kernel},
+                   {"pyramid_kv", config->kv_cache.pyramid_kv.kernel}};
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
+        if (kernels[i].value % 2 == 0)
+            FAIL(ERR_CONFIG,
+                 "kv_cache.%s.kernel is %d; a token's own score is the middle of its average: give an odd one",
+                 kernels[i].key, kernels[i].value);
     if (config->max_num_batched_tokens < config->max_num_seqs)
         FAIL(ERR_CONFIG,
              "max_num_batched_tokens is %d, below max_num_seqs, %d: a decode step has a token of each running "

@@ -89,6 +89,8 @@ static const struct config_key table[] = {
            "judging rows of a prompt without image"),
     NUMBER(VL("max_rows"), CONFIG_INT, kv_cache.vl_cache.max_rows, "0", 0, 1 << 20,
            "judge by the last so many rows only; 0: by all of them"),
+    NUMBER(VL("kernel"), CONFIG_INT, kv_cache.vl_cache.kernel, "1", 1, 1023,
+           "odd width of an average over neighbouring scores; 1: none, as the paper has it"),
     NUMBER(SNAPKV("window"), CONFIG_INT, kv_cache.snapkv.window, "32", 1, 1 << 20,
            "newest rows that judge the prompt's tokens, and newest tokens that stay"),
     NUMBER(SNAPKV("kernel"), CONFIG_INT, kv_cache.snapkv.kernel, "5", 1, 1023,

@@ -11,6 +11,7 @@
 
 struct vl_cache {
     struct eviction eviction;
+    float *raw;         /* [max KV heads, max_context] a layer's scores before they are averaged, device */
     int64_t *kept;      /* [n_slots, n_layers, max heads] entries above the threshold, device */
     int64_t *host_kept; /* [n_layers, max heads] of the sequence at hand, host */
     int64_t *counts;    /* [n_layers] host */
@@ -30,6 +31,9 @@ static int vl_cache_open(struct policy *policy, struct arena *arena)
     vl->window = calloc(layers, sizeof *vl->window);
     vl->host_kept = calloc(heads, sizeof *vl->host_kept);
     if (!vl->counts || !vl->window || !vl->host_kept) FAIL(ERR_NOMEM, "vl_cache: out of memory");
+    if (policy->config.vl_cache.kernel > 1)
+        TRY(arena_take(arena, (size_t)vl->eviction.max_heads * (size_t)env->max_context * sizeof *vl->raw,
+                       "policy state", &vl->raw));
     return arena_take(arena, (size_t)env->kv->n_slots * heads * sizeof *vl->kept, "policy state", &vl->kept);
 }
 
@@ -59,15 +63,22 @@ static int vl_cache_prefill_layer(struct policy *policy, const struct policy_seq
                                   const struct policy_prefill *in)
 {
     const struct vl_cache *vl = policy->state;
+    const struct attention_heads *heads = &policy->env.layers[in->layer].heads;
+    const int kernel = policy->config.vl_cache.kernel;
+    float *score = eviction_scores(&vl->eviction, sequence, in->layer);
     struct attention_probe probe = {
         .slot = sequence->slot,
         .n_rows = (int)in->q.dim[0],
         .first_position = in->first_position,
         .threshold = (float)policy->config.vl_cache.threshold,
-        .column_sum = eviction_scores(&vl->eviction, sequence, in->layer),
+        .column_sum = kernel > 1 ? vl->raw : score,
         .kept = kept_of(vl, policy, sequence->slot) + (int64_t)in->layer * vl->eviction.max_heads,
     };
-    return ops_attention_probe(policy->env.ops, in->q, policy->env.kv, &policy->env.layers[in->layer].heads, &probe);
+    TRY(ops_attention_probe(policy->env.ops, in->q, policy->env.kv, heads, &probe));
+    if (kernel <= 1) return OK;
+    struct tensor raw = tensor_2d(vl->raw, DTYPE_F32, heads->n_kv_heads, sequence->prompt_tokens), averaged = raw;
+    averaged.data = score;
+    return ops_average_pool(policy->env.ops, averaged, raw, kernel);
 }
 
 static int vl_cache_prefill_end(struct policy *policy, const struct policy_sequence *sequence, int *k)
