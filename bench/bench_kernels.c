@@ -138,9 +138,8 @@ struct chain {
     struct bench *b;
     const struct model *model;
     struct tensor w[4], x[4], y[4];
-    int m, only;     /* only: one of the four, or -1 */
-    bool gated;      /* gate_up with its swiglu, which gives down its input */
-    const char *way; /* in names */
+    int m, only; /* only: one of the four, or -1 */
+    bool gated;  /* gate_up with its swiglu, which gives down its input */
 };
 
 static struct tensor few_rows(struct tensor t, int n) { return tensor_rows(t, 0, n); }
@@ -176,8 +175,8 @@ static void report_chain(struct chain *c, bool graph)
     char name[128];
     double took = bench_time(c->b, run_chain, c, graph) / c->model->n_layers, weights = chain_weights(c);
     double gbs = 2 * weights / took * 1e-9, tflops = 2 * weights * c->m / took * 1e-12;
-    snprintf(name, sizeof name, "%s, %d rows%s%s%s%s", c->model->name, c->m, c->only < 0 ? "" : ", ",
-             c->only < 0 ? "" : parts[c->only], c->gated ? ", with swiglu" : "", c->way);
+    snprintf(name, sizeof name, "%s, %d rows%s%s%s", c->model->name, c->m, c->only < 0 ? "" : ", ",
+             c->only < 0 ? "" : parts[c->only], c->gated ? ", with swiglu" : "");
     if (graph)
         bench_report(c->b, "linear", name, "us", took * 1e6, "gbs", gbs, "of_copy", gbs / c->b->ceilings.copy_gbs,
                      NULL);
@@ -199,22 +198,9 @@ static void report_few(struct chain *c)
     }
 }
 
-/* The library's products, ours, and ours with two blocks together. */
-static void compare_ways(struct chain *c)
-{
-    static const char *const ways[][2] = {{"0", ", library"}, {"1", ", apart"}, {"2", ", together"}};
-    for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) {
-        setenv("VITRAIL_LINEAR_ROWS", ways[i][0], 1);
-        c->way = ways[i][1];
-        report_few(c);
-    }
-    unsetenv("VITRAIL_LINEAR_ROWS");
-    c->way = "";
-}
-
 static void bench_model(struct bench *b, const struct model *model)
 {
-    static const int few[] = {1, 2, 4, 8, 16, 32, 64}, many[] = {2048, 8192, 16384};
+    static const int few[] = {1, 2, 4, 8, 16, 32, 48, 64}, many[] = {2048, 8192, 16384};
     const int widest = model->shape[3][1];
     const struct ops_limits limits = {.max_tokens = 16384,
                                       .max_seqs = 64,
@@ -224,7 +210,7 @@ static void bench_model(struct bench *b, const struct model *model)
                                       .head_dim = BENCH_HEAD_DIM,
                                       .vocab_size = 1024,
                                       .max_lanes = 8};
-    struct chain c = {.b = b, .model = model, .way = ""};
+    struct chain c = {.b = b, .model = model};
     bench_open(b, &limits);
     for (int i = 0; i < 4; i++) {
         const int rows = model->shape[i][0], columns = model->shape[i][1];
@@ -234,10 +220,7 @@ static void bench_model(struct bench *b, const struct model *model)
     }
     for (size_t i = 0; i < sizeof few / sizeof few[0]; i++) {
         c.m = few[i];
-        if (c.m > 8)
-            compare_ways(&c);
-        else
-            report_few(&c);
+        report_few(&c);
     }
     c.only = -1;
     for (size_t i = 0; i < sizeof many / sizeof many[0]; i++) {

@@ -104,7 +104,7 @@ int cuda__linear_plain(struct ops *o, struct tensor y, struct tensor x, struct t
 int cuda__gemv_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 int cuda__gemv(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 
-/* linear_rows.cu - the same for as many rows as decode steps have, on Hopper. Scratch: the workspace, the counters. */
+/* linear_rows.cu - the same for more rows, up to 32, on Hopper. Scratch: the workspace, the counters. */
 bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w);
 int cuda__linear_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias) MUST_CHECK;
 int cuda__linear_rows_swiglu(struct ops *o, struct tensor y, struct tensor x, struct tensor w,

@@ -156,33 +156,23 @@ __device__ static inline void let_successor_start(void)
 #endif
 }
 
-/* ... in clusters of so many blocks, which run at the same time and reach each other's shared memory; 1: none. */
-template <typename... P, typename... A>
-static int cuda__launch_together(struct ops *o, const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
-                                 size_t shared, int together, A... args)
-{
-    const struct cuda *c = cuda__of(o);
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute[2] = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = c->stream;
-    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[0].val.programmaticStreamSerializationAllowed = 1;
-    attribute[1].id = cudaLaunchAttributeClusterDimension;
-    attribute[1].val.clusterDim.x = (unsigned)together;
-    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
-    config.attrs = attribute;
-    config.numAttrs = c->arch < 90 ? 0 : together > 1 ? 2 : 1;
-    cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-    return error == cudaSuccess ? OK : cuda__failed(name, error);
-}
 template <typename... P, typename... A>
 static int cuda__launch(struct ops *o, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
                         A... args)
 {
-    return cuda__launch_together(o, name, kernel, grid, block, shared, 1, static_cast<P>(args)...);
+    const struct cuda *c = cuda__of(o);
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = c->stream;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = c->arch >= 90 ? 1 : 0;
+    cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+    return error == cudaSuccess ? OK : cuda__failed(name, error);
 }
 
 /* ---- the paged cache ---- */

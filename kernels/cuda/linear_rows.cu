@@ -1,31 +1,28 @@
-/* y = x w^T for 9 to 64 rows of x on Hopper: still bound by reading the weights once, but beyond what the registers of
+/* y = x w^T for 9 to 32 rows of x on Hopper: still bound by reading the weights once, but beyond what the registers of
  * gemv.cu hold. Products are wgmma's of 64 rows of w by all rows of x; both sides come through the tensor copy engine
- * into a ring as deep as shared memory is.
+ * into a ring as deep as shared memory is. More rows are the library's (docs/benchmarks.md).
  *
- * Two blocks go together: each takes 128 rows of w, and each brings half of x for both, which halves what is read from
- * the second-level cache beside the weights. A step is 64 columns; all steps of all tiles are dealt evenly to the pairs
- * in one row, so that a tile may be shared by several. Those leave sums in scratch and the last one there adds them in
- * the order of the columns. Who adds what is fixed by the weight's shape and the device: a row of y has the same bits
+ * A block takes tiles of 128 rows of w, a step is 64 columns; all steps of all tiles are dealt evenly to the blocks in
+ * one row, so that a tile may be shared by several. Those leave sums in scratch and the last one there adds them in the
+ * order of the columns. Who adds what is fixed by the weight's shape and the device: a row of y has the same bits
  * whatever rows stand beside it, and however many.
  *
  * The ring fills with weights before the predecessor of the kernel has ended, and blocks whose sums wait for another's
- * leave at once, so that the next linear may do the same. With `gated` a block takes 64 rows of the gate and the same
- * 64 of the upper half, and writes silu(gate) * up. */
-#include <stdlib.h>
-
+ * leave at once, so that the next linear may do the same. With `gated` a tile is 64 rows of the gate and the same 64 of
+ * the upper half, and gives silu(gate) * up. */
 #include "kernels/cuda/attention_instructions.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
 enum {
-    ROWS_MOST = 64,    /* of x */
-    ROWS_HALF = 64,    /* rows of w of one product; a block has two */
+    ROWS_MOST = 32,    /* of x */
+    ROWS_HALF = 64,    /* rows of w of one product; a tile has two */
     ROWS_COLUMNS = 64, /* of a step: 128 bytes, which is the width of a swizzled box */
     ROWS_CONSUMERS = 128,
     ROWS_THREADS = ROWS_CONSUMERS + 32, /* the last warp starts the copies */
     ROWS_RING_BYTES = 220 << 10,
-    ROWS_LEAST_STEPS = 4, /* of a pair: for less it is not worth another sum */
+    ROWS_LEAST_STEPS = 4, /* of a block: for less it is not worth another sum */
     ROWS_MOST_BLOCKS = CUDA_LEAST_COUNTERS,
-    ROWS_SUM_BYTES = ROWS_CONSUMERS * ROWS_MOST * (int)sizeof(float), /* of a block's tile; two a block */
+    ROWS_SUM_BYTES = ROWS_CONSUMERS * ROWS_MOST * (int)sizeof(float), /* of a tile; two a block */
 };
 
 struct rows_arguments {
@@ -72,32 +69,6 @@ INLINE void box_load(uint32_t to, const void *map, uint32_t barrier, int column,
                  "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
                  : "memory");
 }
-/* To the same place of all blocks of the mask, each of whose barriers at this place is told. */
-INLINE void box_load_shared(uint32_t to, const void *map, uint32_t barrier, int column, int row, uint16_t blocks,
-                            uint64_t policy)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(policy)
-                 : "memory");
-}
-
-/* Arrives at the barrier at this place in a block of the cluster. Of the block's own scope: it orders no writes. */
-INLINE void barrier_arrive_at(uint32_t barrier, int block)
-{
-    asm volatile("{\n.reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-                 "r"(block)
-                 : "memory");
-}
-/* After barriers_ready in the thread that initialised barriers: the whole cluster may use them. */
-INLINE void cluster_sync(void)
-{
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-}
 
 /* An 8 x 8 matrix of 16-bit values spread over a warp as products are, turned round. */
 INLINE uint32_t turn_matrix(uint32_t x)
@@ -110,7 +81,6 @@ INLINE uint32_t turn_matrix(uint32_t x)
 #define BIND_8(d, i) BIND_4(d, i), BIND_4(d, (i) + 4)
 #define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 
 /* d[64, n] (+)= a b^T, both in shared memory, k along the rows. */
 #define WGMMA_ROWS(type, n, names, a, b, add, ...)                                                                     \
@@ -121,8 +91,6 @@ INLINE uint32_t turn_matrix(uint32_t x)
                  : "l"(whole_descriptor(w, 1024)), "l"(whole_descriptor(x, 1024)), "r"(sum))
 #define WGMMA_ROWS_16(type) WGMMA_ROWS(type, "16", NAMES_8, "%8", "%9", "%10", BIND_8(d, 0))
 #define WGMMA_ROWS_32(type) WGMMA_ROWS(type, "32", NAMES_16, "%16", "%17", "%18", BIND_16(d, 0))
-#define WGMMA_ROWS_48(type) WGMMA_ROWS(type, "48", NAMES_24, "%24", "%25", "%26", BIND_16(d, 0), BIND_8(d, 16))
-#define WGMMA_ROWS_64(type) WGMMA_ROWS(type, "64", NAMES_32, "%32", "%33", "%34", BIND_32(d))
 #define WGMMA_ROWS_OF(rows)                                                                                            \
     do {                                                                                                               \
         if constexpr (__is_same(T, bfloat))                                                                            \
@@ -135,47 +103,34 @@ template <typename T, int N> INLINE void wgmma_rows(float *d, uint32_t w, uint32
 {
     if constexpr (N == 16)
         WGMMA_ROWS_OF(16);
-    else if constexpr (N == 32)
-        WGMMA_ROWS_OF(32);
-    else if constexpr (N == 48)
-        WGMMA_ROWS_OF(48);
     else
-        WGMMA_ROWS_OF(64);
+        WGMMA_ROWS_OF(32);
 }
 
 /* ---- who does which steps ---- */
 
-/* Blocks that share x, and the range of steps that is theirs. */
-template <int TOGETHER> struct rows_share {
-    int group, n_groups, rank, first, end;
+/* The range of steps that is this block's. */
+struct rows_share {
+    int first, end;
 };
 
-INLINE int first_step(const struct rows_arguments &a, int group, int n_groups) { return a.n_steps * group / n_groups; }
-/* The group whose range a step is in. */
-INLINE int group_of(const struct rows_arguments &a, int step, int n_groups)
-{
-    return ((step + 1) * n_groups - 1) / a.n_steps;
-}
+INLINE int first_step(const struct rows_arguments &a, int block) { return a.n_steps * block / (int)gridDim.x; }
+/* The block whose range a step is in. */
+INLINE int block_of(const struct rows_arguments &a, int step) { return ((step + 1) * (int)gridDim.x - 1) / a.n_steps; }
 
-template <int TOGETHER> INLINE struct rows_share<TOGETHER> share_of(const struct rows_arguments &a) {
-    struct rows_share<TOGETHER> s;
-    s.n_groups = (int)gridDim.x / TOGETHER;
-    s.group = (int)blockIdx.x / TOGETHER;
-    s.rank = (int)blockIdx.x % TOGETHER; /* as the hardware numbers the blocks of a cluster */
-    s.first = first_step(a, s.group, s.n_groups);
-    s.end = first_step(a, s.group + 1, s.n_groups);
-    return s;
+INLINE struct rows_share share_of(const struct rows_arguments &a)
+{
+    return {first_step(a, (int)blockIdx.x), first_step(a, (int)blockIdx.x + 1)};
 }
 
 /* ---- the producer: one thread ---- */
 
-/* A step: its place in the ring, its tile (of all blocks together) and its columns. */
+/* A step: its place in the ring, its tile and its columns. */
 struct rows_step {
     int stage, tile, column;
 };
 
-template <int TOGETHER>
-INLINE struct rows_step step_of(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s)
+INLINE struct rows_step step_of(const struct rows_arguments &a, const struct rows_share &s)
 {
     return {0, s.first / a.tile_steps, s.first % a.tile_steps * ROWS_COLUMNS};
 }
@@ -186,11 +141,10 @@ template <int N> INLINE void advance(const struct rows_arguments &a, struct rows
     if (t->column == a.tile_steps * ROWS_COLUMNS) t->column = 0, t->tile++;
 }
 
-template <int N, int TOGETHER>
-INLINE void load_w(const struct rows_arguments &a, int rank, struct rows_ring<N> *m, const struct rows_step &t,
-                   uint64_t policy)
+template <int N>
+INLINE void load_w(const struct rows_arguments &a, struct rows_ring<N> *m, const struct rows_step &t, uint64_t policy)
 {
-    const int row = (t.tile * TOGETHER + rank) * (a.gated ? ROWS_HALF : 2 * ROWS_HALF);
+    const int row = t.tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF);
     const int beside = row + (a.gated ? a.n_out : (int)ROWS_HALF);
     const uint32_t full = shared_address(&m->full[t.stage]);
     barrier_expect(full, (int)(sizeof m->w[0] + sizeof m->x[0]));
@@ -198,73 +152,56 @@ INLINE void load_w(const struct rows_arguments &a, int rank, struct rows_ring<N>
     box_load(shared_address(m->w[t.stage][1]), &a.w_map, full, t.column, beside, policy);
 }
 
-template <int N, int TOGETHER>
-INLINE void load_x(const struct rows_arguments &a, int rank, struct rows_ring<N> *m, const struct rows_step &t,
-                   uint64_t policy)
+template <int N>
+INLINE void load_x(const struct rows_arguments &a, struct rows_ring<N> *m, const struct rows_step &t, uint64_t policy)
 {
-    const int row = rank * (N / TOGETHER);
-    const uint32_t to = shared_address(m->x[t.stage][row]), full = shared_address(&m->full[t.stage]);
-    if constexpr (TOGETHER == 1)
-        box_load(to, &a.x_map, full, t.column, row, policy);
-    else
-        box_load_shared(to, &a.x_map, full, t.column, row, (1 << TOGETHER) - 1, policy);
+    box_load(shared_address(m->x[t.stage]), &a.x_map, shared_address(&m->full[t.stage]), t.column, 0, policy);
 }
 
 /* The first weights, before anything else is known; returns the step after them. */
-template <int N, int TOGETHER>
-INLINE struct rows_step begin_ring(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s,
-                                   struct rows_ring<N> *m)
+template <int N>
+INLINE struct rows_step begin_ring(const struct rows_arguments &a, const struct rows_share &s, struct rows_ring<N> *m)
 {
     const uint64_t once = read_once();
-    struct rows_step t = step_of<TOGETHER>(a, s);
+    struct rows_step t = step_of(a, s);
     tensor_map_prefetch(&a.w_map);
     tensor_map_prefetch(&a.x_map);
     for (int i = 0; i < rows_ring<N>::stages; i++) {
         barrier_init(shared_address(&m->full[i]), 1);
-        barrier_init(shared_address(&m->empty[i]), ROWS_CONSUMERS / 32 * TOGETHER);
+        barrier_init(shared_address(&m->empty[i]), ROWS_CONSUMERS / 32);
     }
     barriers_ready();
     async_fence();
-    for (int i = 0; i < min(s.end - s.first, rows_ring<N>::stages); i++, advance<N>(a, &t))
-        load_w<N, TOGETHER>(a, s.rank, m, t, once);
+    for (int i = 0; i < min(s.end - s.first, rows_ring<N>::stages); i++, advance<N>(a, &t)) load_w<N>(a, m, t, once);
     return t;
 }
 
-template <int N, int TOGETHER>
-INLINE void produce(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m,
+template <int N>
+INLINE void produce(const struct rows_arguments &a, const struct rows_share &s, struct rows_ring<N> *m,
                     struct rows_step t)
 {
     constexpr int stages = rows_ring<N>::stages;
     const uint64_t once = read_once(), often = read_often();
     const int n = s.end - s.first;
-    struct rows_step first = step_of<TOGETHER>(a, s);
-    for (int i = 0; i < min(n, stages); i++, advance<N>(a, &first)) load_x<N, TOGETHER>(a, s.rank, m, first, often);
+    struct rows_step first = step_of(a, s);
+    for (int i = 0; i < min(n, stages); i++, advance<N>(a, &first)) load_x<N>(a, m, first, often);
     for (int i = stages; i < n; i++, advance<N>(a, &t)) {
         barrier_wait(shared_address(&m->empty[t.stage]), (i / stages + 1) % 2);
-        load_w<N, TOGETHER>(a, s.rank, m, t, once);
-        load_x<N, TOGETHER>(a, s.rank, m, t, often);
+        load_w<N>(a, m, t, once);
+        load_x<N>(a, m, t, often);
     }
 }
 
 /* ---- consumers: a warpgroup ---- */
 
-/* Each warp tells all producers that write to the place. Not if none will again: then a block may have ended. */
-template <int N, int TOGETHER> INLINE void release(struct rows_ring<N> *m, int i, int n)
+/* Each warp tells the producer that it has read step i. */
+template <int N> INLINE void release(struct rows_ring<N> *m, int i)
 {
-    constexpr int stages = rows_ring<N>::stages;
-    const int lane = (int)threadIdx.x % 32;
-    const uint32_t empty = shared_address(&m->empty[i % stages]);
-    if (i + stages >= n) return;
-    if constexpr (TOGETHER == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else {
-        if (lane < TOGETHER) barrier_arrive_at(empty, lane);
-    }
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&m->empty[i % rows_ring<N>::stages]));
 }
 
-/* sum = steps [i, end) of the block's n, all of one tile. */
-template <typename T, int N, int TOGETHER>
-INLINE void multiply_steps(struct rows_ring<N> *m, float *sum, int i, int end, int n)
+/* sum = the block's steps [i, end), all of one tile. */
+template <typename T, int N> INLINE void multiply_steps(struct rows_ring<N> *m, float *sum, int i, int end)
 {
     constexpr int stages = rows_ring<N>::stages, unit = ROWS_HALF * ROWS_COLUMNS * 2 / 16;
     const int first = i;
@@ -281,18 +218,17 @@ INLINE void multiply_steps(struct rows_ring<N> *m, float *sum, int i, int end, i
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (i > first) release<N, TOGETHER>(m, i - 1, n);
+        if (i > first) release<N>(m, i - 1);
     }
     wgmma_wait<0>();
     hold<N>(sum);
-    release<N, TOGETHER>(m, end - 1, n);
+    release<N>(m, end - 1);
 }
 
-/* A tile's sum of a group stands in its second place if the group has the tile's first steps, else in its first. */
-template <int TOGETHER>
-INLINE float4 *place_of(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, int group, bool first)
+/* A tile's sum of a block stands in its second place if the block has the tile's first steps, else in its first. */
+INLINE float4 *place_of(const struct rows_arguments &a, int block, bool first)
 {
-    const int64_t at = (int64_t)(group * TOGETHER + s.rank) * 2 + first;
+    const int64_t at = (int64_t)block * 2 + first;
     return a.partial + at * (ROWS_SUM_BYTES / (int)sizeof(float4)) + threadIdx.x;
 }
 
@@ -310,14 +246,14 @@ template <int N> INLINE void add_sum(float *sum, const float4 *more)
     }
 }
 
-/* Of a tile of groups [low, high]: leaves this one's sum in scratch; the last to do so gets the whole, in the groups'
+/* Of a tile of blocks [low, high]: leaves this one's sum in scratch; the last to do so gets the whole, in the blocks'
  * order, and true. */
-template <int N, int TOGETHER>
-INLINE bool join_sums(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m,
-                      float *sum, int low, int high)
+template <int N>
+INLINE bool join_sums(const struct rows_arguments &a, struct rows_ring<N> *m, float *sum, int low, int high)
 {
-    int32_t *counter = &a.counter[low * TOGETHER + s.rank];
-    float4 *mine = place_of<TOGETHER>(a, s, s.group, s.group == low), now[N / 4], next[N / 4];
+    const int block = (int)blockIdx.x;
+    int32_t *counter = &a.counter[low];
+    float4 *mine = place_of(a, block, block == low), now[N / 4], next[N / 4];
 #pragma unroll
     for (int i = 0; i < N / 4; i++)
         __stcg(mine + i * ROWS_CONSUMERS, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
@@ -328,11 +264,11 @@ INLINE bool join_sums(const struct rows_arguments &a, const struct rows_share<TO
     if (m->arrived < high - low) return false;
     __threadfence();
     if (threadIdx.x == 0) *counter = 0;
-    load_sum<N>(now, place_of<TOGETHER>(a, s, low, true));
+    load_sum<N>(now, place_of(a, low, true));
 #pragma unroll
     for (int i = 0; i < N; i++) sum[i] = 0;
-    for (int group = low + 1; group <= high; group++) {
-        load_sum<N>(next, place_of<TOGETHER>(a, s, group, false));
+    for (int other = low + 1; other <= high; other++) {
+        load_sum<N>(next, place_of(a, other, false));
         add_sum<N>(sum, now);
 #pragma unroll
         for (int i = 0; i < N / 4; i++) now[i] = next[i];
@@ -382,11 +318,11 @@ template <int N> INLINE void add_bias(float *sum, const float *of, int left)
     for (int i = 0; i < N / 2; i++) sum[i] += i % 4 < 2 ? bias : below;
 }
 
-/* The block's sums: its first 64 rows of w, then its others. A warp has 16 rows of each. */
-template <typename T, int N> INLINE void store_sums(const struct rows_arguments &a, float *sum, int block_tile)
+/* A tile's sums: its first 64 rows of w, then its others. A warp has 16 rows of each. */
+template <typename T, int N> INLINE void store_sums(const struct rows_arguments &a, float *sum, int tile)
 {
     const int lane = (int)threadIdx.x % 32, within = (int)threadIdx.x / 32 * 16;
-    const int row = block_tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF) + within, mine = row + lane / 4;
+    const int row = tile * (a.gated ? ROWS_HALF : 2 * ROWS_HALF) + within, mine = row + lane / 4;
     if (a.bias) {
         add_bias<N>(sum, a.bias + mine, a.n_out - mine);
         if (a.gated)
@@ -406,17 +342,17 @@ template <typename T, int N> INLINE void store_sums(const struct rows_arguments 
     }
 }
 
-template <typename T, int N, int TOGETHER>
-INLINE void consume(const struct rows_arguments &a, const struct rows_share<TOGETHER> &s, struct rows_ring<N> *m)
+template <typename T, int N>
+INLINE void consume(const struct rows_arguments &a, const struct rows_share &s, struct rows_ring<N> *m)
 {
-    float sum[N]; /* of the block's first 64 rows of w, then of the others */
+    float sum[N]; /* of the tile's first 64 rows of w, then of the others */
     for (int step = s.first; step < s.end;) {
         const int tile = step / a.tile_steps, begin = tile * a.tile_steps, end = min(s.end, begin + a.tile_steps);
-        const int low = group_of(a, begin, s.n_groups), high = group_of(a, begin + a.tile_steps - 1, s.n_groups);
-        multiply_steps<T, N, TOGETHER>(m, sum, step - s.first, end - s.first, s.end - s.first);
+        const int low = block_of(a, begin), high = block_of(a, begin + a.tile_steps - 1);
+        multiply_steps<T, N>(m, sum, step - s.first, end - s.first);
         step = end;
-        if (low < high && !join_sums<N, TOGETHER>(a, s, m, sum, low, high)) continue;
-        store_sums<T, N>(a, sum, tile * TOGETHER + s.rank);
+        if (low < high && !join_sums<N>(a, m, sum, low, high)) continue;
+        store_sums<T, N>(a, sum, tile);
     }
 }
 
@@ -424,23 +360,22 @@ INLINE void consume(const struct rows_arguments &a, const struct rows_share<TOGE
 
 /* ---- the kernel ---- */
 
-template <typename T, int N, int TOGETHER>
+template <typename T, int N>
 __global__ void __launch_bounds__(ROWS_THREADS, 1) linear_rows_kernel(const __grid_constant__ struct rows_arguments a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) unsigned char dynamic[];
     struct rows_ring<N> *m = (struct rows_ring<N> *)(dynamic + (1024 - shared_address(dynamic) % 1024) % 1024);
-    const struct rows_share<TOGETHER> s = share_of<TOGETHER>(a);
+    const struct rows_share s = share_of(a);
     struct rows_step next = {};
     let_successor_start();
-    if (threadIdx.x == ROWS_CONSUMERS) next = begin_ring<N, TOGETHER>(a, s, m);
+    if (threadIdx.x == ROWS_CONSUMERS) next = begin_ring<N>(a, s, m);
     __syncthreads();
-    if constexpr (TOGETHER > 1) cluster_sync(); /* the other block's barriers are there */
     wait_for_predecessor();
     if (threadIdx.x < ROWS_CONSUMERS)
-        consume<T, N, TOGETHER>(a, s, m);
+        consume<T, N>(a, s, m);
     else if (threadIdx.x == ROWS_CONSUMERS)
-        produce<N, TOGETHER>(a, s, m, next);
+        produce<N>(a, s, m, next);
 #endif
 }
 
@@ -455,58 +390,34 @@ static int encode_rows(encode_tiled encode, CUtensorMap *map, const char *name, 
     return encode_map(encode, map, name, t, 2, size, stride, box);
 }
 
-/* For measuring: VITRAIL_LINEAR_ROWS=0 leaves these shapes to the library, 1 has no blocks go together. */
-static int chosen_together(void)
-{
-    const char *text = getenv("VITRAIL_LINEAR_ROWS");
-    return text && *text == '0' ? 0 : text && *text == '1' ? 1 : 2;
-}
-
 bool cuda__linear_rows_fits(const struct cuda *c, struct tensor y, struct tensor x, struct tensor w)
 {
     const int64_t most = INT32_MAX / 2;
     const bool narrow = y.dtype != DTYPE_F32;
-    return c->arch == 90 && chosen_together() && x.dim[0] > CUDA_FEW_ROWS && x.dim[0] <= ROWS_MOST &&
-           w.dim[0] >= 2 * ROWS_HALF && w.dim[1] >= ROWS_COLUMNS && w.dim[0] < most && w.dim[1] < most &&
+    return c->arch == 90 && x.dim[0] > CUDA_FEW_ROWS && x.dim[0] <= ROWS_MOST && w.dim[0] >= 2 * ROWS_HALF &&
+           w.dim[1] >= ROWS_COLUMNS && w.dim[0] < most && w.dim[1] < most &&
            (w.dim[0] / ROWS_HALF + 2) * (w.dim[1] / ROWS_COLUMNS + 1) < most / ROWS_MOST_BLOCKS && w.dim[1] % 8 == 0 &&
            w.stride[0] % 8 == 0 && x.stride[0] % 8 == 0 && ((uint64_t)w.data | (uint64_t)x.data) % 16 == 0 &&
            (!narrow || (y.dim[1] % 2 == 0 && y.stride[0] % 2 == 0 && (uint64_t)y.data % 4 == 0)) &&
            c->n_multiprocessors <= ROWS_MOST_BLOCKS && c->n_counters >= ROWS_MOST_BLOCKS;
 }
 
-template <typename T, int N, int TOGETHER> static int launch_rows(struct ops *o, struct rows_arguments *a, int n_tiles)
+template <typename T, int N> static int launch_rows(struct ops *o, struct rows_arguments *a, int n_tiles)
 {
     const struct cuda *c = cuda__of(o);
     const size_t bytes = sizeof(struct rows_ring<N>) + 1024;
-    const int most = c->n_multiprocessors / TOGETHER;
+    const int most = c->n_multiprocessors;
     static_assert(sizeof(struct rows_ring<N>) + 1024 <= 227 << 10, "what a block of compute capability 9.0 may have");
-    a->n_steps = (n_tiles + TOGETHER - 1) / TOGETHER * a->tile_steps;
-    const int worth = a->n_steps / ROWS_LEAST_STEPS, groups = worth < 1 ? 1 : worth < most ? worth : most;
-    CUDA_TRY(cudaFuncSetAttribute(linear_rows_kernel<T, N, TOGETHER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  (int)bytes));
-    return cuda__launch_together(o, "linear_rows", linear_rows_kernel<T, N, TOGETHER>,
-                                 dim3((unsigned)(groups * TOGETHER)), dim3(ROWS_THREADS), bytes, TOGETHER, *a);
+    a->n_steps = n_tiles * a->tile_steps;
+    const int worth = a->n_steps / ROWS_LEAST_STEPS, blocks = worth < 1 ? 1 : worth < most ? worth : most;
+    CUDA_TRY(cudaFuncSetAttribute(linear_rows_kernel<T, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    return cuda__launch(o, "linear_rows", linear_rows_kernel<T, N>, dim3((unsigned)blocks), dim3(ROWS_THREADS), bytes,
+                        *a);
 }
 
-/* x's boxes are as many rows as one block of those together brings. */
-template <typename T, int N>
-static int launch_for(struct ops *o, struct rows_arguments *a, encode_tiled encode, const struct tensor *x, int n_tiles)
+template <typename T> static int launch_padded(struct ops *o, struct rows_arguments *a, int n_tiles)
 {
-    const int together = chosen_together();
-    TRY(encode_rows(encode, &a->x_map, "x", x, N / together));
-    return together == 1 ? launch_rows<T, N, 1>(o, a, n_tiles) : launch_rows<T, N, 2>(o, a, n_tiles);
-}
-
-template <typename T>
-static int launch_padded(struct ops *o, struct rows_arguments *a, encode_tiled encode, const struct tensor *x,
-                         int n_tiles)
-{
-    switch ((a->n_rows + 15) / 16) {
-    case 1: return launch_for<T, 16>(o, a, encode, x, n_tiles);
-    case 2: return launch_for<T, 32>(o, a, encode, x, n_tiles);
-    case 3: return launch_for<T, 48>(o, a, encode, x, n_tiles);
-    default: return launch_for<T, 64>(o, a, encode, x, n_tiles);
-    }
+    return a->n_rows <= 16 ? launch_rows<T, 16>(o, a, n_tiles) : launch_rows<T, 32>(o, a, n_tiles);
 }
 
 static int multiply_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias,
@@ -526,7 +437,8 @@ static int multiply_rows(struct ops *o, struct tensor y, struct tensor x, struct
     const int tile = gated ? ROWS_HALF : 2 * ROWS_HALF, n_tiles = (a.n_out + tile - 1) / tile;
     TRY(find_encoder(&encode));
     TRY(encode_rows(encode, &a.w_map, "w", &w, ROWS_HALF));
-    WITH_TYPE(w.dtype, T, return launch_padded<T>(o, &a, encode, &x, n_tiles));
+    TRY(encode_rows(encode, &a.x_map, "x", &x, a.n_rows <= 16 ? 16 : 32));
+    WITH_TYPE(w.dtype, T, return launch_padded<T>(o, &a, n_tiles));
 }
 
 int cuda__linear_rows(struct ops *o, struct tensor y, struct tensor x, struct tensor w, const float *bias)
