@@ -352,15 +352,29 @@ int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct 
     return batch->n_seqs ? o->vt->decode_begin(o, batch, kv) : OK;
 }
 
+static int attend(const char *op, struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                  const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads)
+{
+    TRY(ops_check__kv(op, o, kv));
+    TRY(ops_check__heads(op, kv, heads));
+    TRY(ops_check__batch(op, kv, batch, true));
+    TRY(ops_check__tensor(op, "q", q, ACTIVATION_OF(o), 3, batch->n_seqs, heads->n_heads, heads->head_dim));
+    TRY(ops_check__tensor(op, "out", out, ACTIVATION_OF(o), 3, batch->n_seqs, heads->n_heads, heads->head_dim));
+    return batch->n_seqs ? o->vt->attention_decode(o, out, q, log_sum, batch, kv, heads) : OK;
+}
+
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                          const struct kv_view *kv, const struct attention_heads *heads)
 {
-    TRY(ops_check__kv(__func__, o, kv));
-    TRY(ops_check__heads(__func__, kv, heads));
-    TRY(ops_check__batch(__func__, kv, batch, true));
-    TENSOR(q, ACTIVATION_OF(o), 3, batch->n_seqs, heads->n_heads, heads->head_dim);
-    TENSOR(out, ACTIVATION_OF(o), 3, batch->n_seqs, heads->n_heads, heads->head_dim);
-    return batch->n_seqs ? o->vt->attention_decode(o, out, q, batch, kv, heads) : OK;
+    return attend(__func__, o, out, q, NULL, batch, kv, heads);
+}
+
+int ops_attention_decode_log_sum(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                                 const struct seq_batch *batch, const struct kv_view *kv,
+                                 const struct attention_heads *heads)
+{
+    POINTER(log_sum);
+    return attend(__func__, o, out, q, log_sum, batch, kv, heads);
 }
 
 int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,

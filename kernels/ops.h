@@ -296,15 +296,17 @@ struct ops_vt {
                              const struct seq_batch *batch, const struct kv_view *kv,
                              const struct attention_heads *heads);
     int (*decode_begin)(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
-    int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                            const struct kv_view *kv, const struct attention_heads *heads);
+    int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                            const struct seq_batch *batch, const struct kv_view *kv,
+                            const struct attention_heads *heads); /* log_sum NULL: not wanted */
     int (*attention_decode_listed)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                    const struct kv_view *kv, const struct attention_heads *heads,
                                    const struct kv_list *list);
     int (*attention_probe)(struct ops *o, struct tensor q, const struct kv_view *kv,
                            const struct attention_heads *heads, const struct attention_probe *probe);
-    int (*judge_columns)(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                         const struct attention_heads *heads, const struct decode_judges *judges);
+    int (*judge_columns)(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
+                         const struct kv_view *kv, const struct attention_heads *heads,
+                         const struct decode_judges *judges);
     /* clusters of keys */
     size_t (*cluster_bytes)(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);
     int (*cluster_keys)(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
@@ -475,8 +477,14 @@ int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct 
  * scale where that is an 8-bit one. */
 int ops_attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                          const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
-/* ops_attention_decode_listed - the same over the listed entries of each lane alone; what the list does not name is
- * never read. */
+/* ops_attention_decode_log_sum - the same, and what the softmax of each query head divides by: log_sum [n_seqs,
+ * n_heads] float32, dense, device, gets the natural logarithm of the sum of exp(scaled logit) over the lane. A padding
+ * row's is left as it is. */
+int ops_attention_decode_log_sum(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                                 const struct seq_batch *batch, const struct kv_view *kv,
+                                 const struct attention_heads *heads) MUST_CHECK;
+/* ops_attention_decode_listed - ops_attention_decode over the listed entries of each lane alone; what the list does not
+ * name is never read. */
 int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                 const struct kv_view *kv, const struct attention_heads *heads,
                                 const struct kv_list *list) MUST_CHECK;
@@ -485,12 +493,15 @@ int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor 
 int ops_attention_probe(struct ops *o, struct tensor q, const struct kv_view *kv, const struct attention_heads *heads,
                         const struct attention_probe *probe) MUST_CHECK;
 
-/* ops_judge_columns - a decode step's rows as judges of generated tokens, after attention_decode: adds to the sum of
+/* ops_judge_columns - a decode step's rows as judges of generated tokens, after attention_decode_log_sum of the same q
+ * and lanes, whose log_sum it takes: no key is read but those of tokens that the row judges. Adds to the sum of
  * every token of an unsettled block the row's attention to it, times the row's weight over the number of the block's
  * rows, each query head's product rounded half to even to an integer of 2^-40. The newest token's sum is set to 0
- * instead. Rows outside of a block's rows add nothing to it. Attention is the softmax over the whole lane. */
-int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                      const struct attention_heads *heads, const struct decode_judges *judges) MUST_CHECK;
+ * instead. Rows outside of a block's rows add nothing to it. Attention is the softmax over the whole lane. From
+ * decode_begin on, the judges' progress and blocks stay as they are: a GPU reads them before attention has ended. */
+int ops_judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
+                      const struct kv_view *kv, const struct attention_heads *heads,
+                      const struct decode_judges *judges) MUST_CHECK;
 /* ops_cluster_bytes - device memory that ops_cluster_keys works in, for lanes of at most so many entries and clusters.
  */
 size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);

@@ -39,13 +39,14 @@ int ops_select_rows(struct ops *o, int32_t *index, const int64_t *score, const s
     return o->vt->select_rows(o, index, score, choice, n_choices);
 }
 
-int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                      const struct attention_heads *heads, const struct decode_judges *judges)
+int ops_judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
+                      const struct kv_view *kv, const struct attention_heads *heads, const struct decode_judges *judges)
 {
     TRY(ops_check__kv(__func__, o, kv));
     TRY(ops_check__heads(__func__, kv, heads));
     TRY(ops_check__batch(__func__, kv, batch, true));
     TENSOR(q, 1u << o->dtype, 3, batch->n_seqs, heads->n_heads, heads->head_dim);
+    POINTER(log_sum);
     POINTER(judges);
     POINTER(judges->progress);
     POINTER(judges->block);
@@ -55,7 +56,7 @@ int ops_judge_columns(struct ops *o, struct tensor q, const struct seq_batch *ba
         FAIL(ERR_ARG, "ops_judge_columns: %d blocks of %d tokens in rings of %d, strides %lld and %lld",
              judges->max_blocks, judges->block_tokens, judges->ring_blocks, (long long)judges->block_stride,
              (long long)judges->slot_stride);
-    return batch->n_seqs && heads->n_heads ? o->vt->judge_columns(o, q, batch, kv, heads, judges) : OK;
+    return batch->n_seqs && heads->n_heads ? o->vt->judge_columns(o, q, log_sum, batch, kv, heads, judges) : OK;
 }
 
 int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,

@@ -127,7 +127,8 @@ static void attend_chunk(const struct attend *a, int first, int end, float *part
     }
 }
 
-static void merge(const struct vector_ops *v, float *out, const float *partial, int64_t stride, int n_chunks, int dim)
+/* Returns the logarithm of the sum that the head's softmax divides by. */
+static float merge(const struct vector_ops *v, float *out, const float *partial, int64_t stride, int n_chunks, int dim)
 {
     float top = -INFINITY, sum = 0;
     memset(out, 0, (size_t)dim * sizeof(float));
@@ -139,6 +140,7 @@ static void merge(const struct vector_ops *v, float *out, const float *partial, 
         v->add_scaled(out, part + 2, factor, dim);
     }
     if (n_chunks) v->scale(out, 1 / sum, dim);
+    return top + logf(sum);
 }
 
 static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
@@ -156,8 +158,9 @@ static int entries_of(const struct kv_view *kv, int lane, const struct kv_list *
     return lane < 0 ? 0 : listed ? list->count[i] : kv->lane_len[lane];
 }
 
-static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                        const struct kv_view *kv, const struct attention_heads *heads, const struct kv_list *list)
+static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                        const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                        const struct kv_list *list)
 {
     const int32_t *entry;
     const struct cpu *c = cpu__of(o);
@@ -205,22 +208,23 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, const
             int sequence = task / heads->n_heads, head = task % heads->n_heads;
             int lane = lane_of(batch, kv, heads, sequence, head / group);
             int used = (entries_of(kv, lane, list, sequence * n_kv + head / group, &entry) + CHUNK - 1) / CHUNK;
-            merge(c->vector, cpu__row(out, sequence) + (int64_t)head * dim,
-                  p.memory + (int64_t)task * n_chunks * p.stride, p.stride, used, dim);
+            const float log = merge(c->vector, cpu__row(out, sequence) + (int64_t)head * dim,
+                                    p.memory + (int64_t)task * n_chunks * p.stride, p.stride, used, dim);
+            if (log_sum && used) log_sum[task] = log;
         }
     }
     return OK;
 }
 
-int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                          const struct kv_view *kv, const struct attention_heads *heads)
+int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                          const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads)
 {
-    return attend_lanes(o, out, q, batch, kv, heads, NULL);
+    return attend_lanes(o, out, q, log_sum, batch, kv, heads, NULL);
 }
 
 int cpu__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                  const struct kv_view *kv, const struct attention_heads *heads,
                                  const struct kv_list *list)
 {
-    return attend_lanes(o, out, q, batch, kv, heads, list);
+    return attend_lanes(o, out, q, NULL, batch, kv, heads, list);
 }

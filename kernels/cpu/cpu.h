@@ -33,7 +33,6 @@ int cpu__linear_measure(const struct cpu *c, const struct ops_limits *limits, st
 int cpu__attention_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__probe_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
-int cpu__judge_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__expected_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__sample_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
@@ -67,8 +66,8 @@ int cpu__attention_vision(struct ops *o, struct tensor out, struct tensor q, str
 int cpu__attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                            const struct seq_batch *batch, const struct kv_view *kv,
                            const struct attention_heads *heads);
-int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                          const struct kv_view *kv, const struct attention_heads *heads);
+int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                          const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads);
 int cpu__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                  const struct kv_view *kv, const struct attention_heads *heads,
                                  const struct kv_list *list);
@@ -85,8 +84,9 @@ int cpu__kv_append(struct ops *o, const struct kv_view *kv, const struct attenti
                    struct tensor v, const struct seq_batch *batch);
 int cpu__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                  int keep_stride, const int32_t *n_keep);
-int cpu__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                       const struct attention_heads *heads, const struct decode_judges *judges);
+int cpu__judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
+                       const struct kv_view *kv, const struct attention_heads *heads,
+                       const struct decode_judges *judges);
 int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                  int n_drops);
 int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);

@@ -48,8 +48,8 @@ static int memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes)
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
     static int (*const families[])(const struct cpu *, const struct ops_limits *, struct arena *) = {
-        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure,  cpu__probe_measure,
-        cpu__sample_measure, cpu__judge_measure,     cpu__expected_measure};
+        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure,
+        cpu__probe_measure,  cpu__sample_measure,    cpu__expected_measure};
     struct cpu *c = cpu__of(o);
     size_t most = ARENA_ALIGNMENT;
     for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {

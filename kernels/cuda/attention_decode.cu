@@ -266,8 +266,8 @@ static int check_decode(const struct cuda *c, struct tensor out, struct tensor q
     return OK;
 }
 
-int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                           const struct kv_view *kv, const struct attention_heads *heads)
+int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads)
 {
     const struct cuda *c = cuda__of(o);
     struct decode_arguments a = {};
@@ -278,6 +278,7 @@ int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, co
     a.kv = *kv;
     a.q = q.data, a.q_stride = q.stride[0];
     a.out = out.data, a.out_stride = out.stride[0];
+    a.log_sum = log_sum;
     a.slot = batch->slot;
     a.n_seqs = batch->n_seqs;
     a.n_kv_heads = heads->n_kv_heads;

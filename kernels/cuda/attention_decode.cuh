@@ -32,6 +32,7 @@ struct decode_arguments {
     float *partial_out; /* [kv head, item, group, head_dim] of lanes in several pieces */
     float2 *partial;    /* [kv head, item, group] maximum and sum */
     int32_t *counter;   /* [kv head, row] */
+    float *log_sum;     /* [row, query head] natural logarithm of what each softmax divides by; NULL: not wanted */
 };
 
 /* A piece of a lane. */
@@ -312,6 +313,15 @@ __device__ static float2 join_warps(struct block_part *part, int column, float *
     return make_float2(top, sum);
 }
 
+/* Natural logarithm of a head's whole sum, its maximum in powers of two. */
+__device__ static float log_of_sum(float top, float sum) { return (top + log2f(sum)) * 0.693147180559945f; }
+
+/* Where those of a piece's heads go. */
+__device__ static float *log_sum_of(const struct decode_arguments &a, const struct decode_item &item)
+{
+    return a.log_sum + ((int64_t)item.row * a.n_kv_heads + item.head) * a.group;
+}
+
 /* Four dimensions of the warps' parts, added up. */
 template <int HALVES>
 __device__ static float4 add_parts(struct block_part *part, int column, int d, int group, const float *factor)
@@ -336,6 +346,7 @@ template <typename T> __device__ static void put_out(T *to, float4 value)
 struct pieces {
     const float *out;
     const float2 *ends;
+    float *log_sum; /* [group]; NULL: not wanted */
     int n, group, dim;
 };
 
@@ -362,6 +373,7 @@ __device__ static void weigh_pieces(const struct pieces &p, float *factors)
         }
         sum = warp_sum(sum);
         const float inverse = sum > 0 ? 1 / sum : 0;
+        if (p.log_sum && thread == 0) p.log_sum[in_group] = log_of_sum(top, sum);
 #pragma unroll
         for (int k = 0; k < MOST_SPLITS / 32; k++)
             factors[in_group * MOST_SPLITS + k * 32 + thread] = piece[k].x * inverse;
@@ -426,6 +438,7 @@ __device__ static void finish_item(const struct decode_arguments &a, struct bloc
             const float inverse = joined.y > 0 ? 1 / joined.y : 0;
             value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
             put_out<T>(out + i, value);
+            if (a.log_sum && d == 0) log_sum_of(a, item)[in_group] = log_of_sum(joined.x, joined.y);
         } else {
             *(float4 *)&a.partial_out[piece * width + i] = value;
             if (d == 0) a.partial[piece * a.group + in_group] = joined;
@@ -451,7 +464,8 @@ __device__ static void finish_item(const struct decode_arguments &a, struct bloc
     __syncthreads();
     if (part->last) {
         const int64_t first = (piece - item.split) * a.group;
-        const struct pieces p = {a.partial_out + first * dim, a.partial + first, item.n_splits, a.group, dim};
+        float *log_sum = a.log_sum ? log_sum_of(a, item) : NULL;
+        const struct pieces p = {a.partial_out + first * dim, a.partial + first, log_sum, item.n_splits, a.group, dim};
         join_pieces<T>(p, out, part->out);
         if (threadIdx.x == 0) *counter = 0;
         __syncthreads(); /* before the next item overwrites the factors */

@@ -363,8 +363,9 @@ static int check_quantised(const struct cuda *c, struct tensor out, struct tenso
     return OK;
 }
 
-int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                              const struct kv_view *kv, const struct attention_heads *heads)
+int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                              const struct seq_batch *batch, const struct kv_view *kv,
+                              const struct attention_heads *heads)
 {
     const struct cuda *c = cuda__of(o);
     struct decode_arguments a = {};
@@ -376,6 +377,7 @@ int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q,
     a.kv.page_size = kv_page_tokens(kv, kv->format); /* of the lanes that are read */
     a.q = q.data, a.q_stride = q.stride[0];
     a.out = out.data, a.out_stride = out.stride[0];
+    a.log_sum = log_sum;
     a.slot = batch->slot;
     a.n_seqs = batch->n_seqs;
     a.n_kv_heads = heads->n_kv_heads;

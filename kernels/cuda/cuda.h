@@ -76,8 +76,9 @@ int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, 
 
 /* attention_quantised.cu - decode attention over lanes in an 8-bit format, and its scratch. */
 int cuda__quantised_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
-int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                              const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
+int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                              const struct seq_batch *batch, const struct kv_view *kv,
+                              const struct attention_heads *heads) MUST_CHECK;
 
 /* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
  * unless the ring is full. */
@@ -144,8 +145,9 @@ int cuda__attention_prefill(struct ops *o, struct tensor out, struct tensor q, s
                             const struct seq_batch *batch, const struct kv_view *kv,
                             const struct attention_heads *heads);
 int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
-int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                           const struct kv_view *kv, const struct attention_heads *heads);
+int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                           const struct seq_batch *batch, const struct kv_view *kv,
+                           const struct attention_heads *heads);
 int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                   const struct kv_view *kv, const struct attention_heads *heads,
                                   const struct kv_list *list);
@@ -165,8 +167,9 @@ int cuda__rope_append(struct ops *o, const struct kv_view *kv, const struct atte
                       float scale, const struct seq_batch *batch);
 int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                   int keep_stride, const int32_t *n_keep);
-int cuda__judge_columns(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
-                        const struct attention_heads *heads, const struct decode_judges *judges);
+int cuda__judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
+                        const struct kv_view *kv, const struct attention_heads *heads,
+                        const struct decode_judges *judges);
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                   int n_drops);
 int cuda__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);

@@ -253,11 +253,12 @@ static void forget_steps(struct ops *o)
 }
 
 /* One format for all lanes that a step reads. */
-static int attention_decode(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                            const struct kv_view *kv, const struct attention_heads *heads)
+static int attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                            const struct seq_batch *batch, const struct kv_view *kv,
+                            const struct attention_heads *heads)
 {
-    return kv->format == KV_PLAIN ? cuda__attention_decode(o, out, q, batch, kv, heads)
-                                  : cuda__attention_quantised(o, out, q, batch, kv, heads);
+    return kv->format == KV_PLAIN ? cuda__attention_decode(o, out, q, log_sum, batch, kv, heads)
+                                  : cuda__attention_quantised(o, out, q, log_sum, batch, kv, heads);
 }
 
 const struct ops_vt ops_cuda = {

@@ -35,6 +35,7 @@ struct thinning {
     struct decode_judges judges; /* of layer 0; the next one's sums stand a block further */
     int32_t *progress, *block;   /* what the judges point to, on the device ... */
     int64_t *sum;
+    float *log_sum;                      /* [n_slots, most heads of a layer] of a step's rows, device */
     int32_t *host_progress, *host_block; /* ... and here */
     int32_t *index;                      /* [n_layers, block] entries of a block that stay, device */
     int *length;                         /* [n_slots, n_layers] tokens in a lane */
@@ -64,7 +65,10 @@ static int open_thinning(struct policy *policy, struct thinning *t, struct arena
     const double rho = options->target_ratio && options->recent_ratio < 0.2 ? 0.2 : options->recent_ratio;
     const size_t slots = (size_t)env->kv->n_slots;
     struct decode_judges *j = &t->judges;
+    int heads = 1;
     if (!block) return OK;
+    for (int l = 0; l < layers; l++)
+        heads = env->layers[l].heads.n_heads > heads ? env->layers[l].heads.n_heads : heads;
     j->block_tokens = block;
     j->newest = (float)options->recent_weight;
     j->max_blocks = env->max_context / block + 2;
@@ -85,6 +89,7 @@ static int open_thinning(struct policy *policy, struct thinning *t, struct arena
     TRY(arena_take(arena, 2 * slots * sizeof(int32_t), label, &t->progress));
     TRY(arena_take(arena, 2 * slots * (size_t)j->max_blocks * sizeof(int32_t), label, &t->block));
     TRY(arena_take(arena, slots * (size_t)j->slot_stride * sizeof(int64_t), label, &t->sum));
+    TRY(arena_take(arena, slots * (size_t)heads * sizeof(float), label, &t->log_sum));
     TRY(arena_take(arena, (size_t)(layers * block) * sizeof(int32_t), label, &t->index));
     j->progress = t->progress;
     j->block = t->block;
@@ -338,10 +343,16 @@ static int pyramid_decode_attention(struct policy *policy, const struct policy_d
     const struct pyramid_infer *p = policy->state;
     const struct policy_layer *layer = &policy->env.layers[in->layer];
     struct decode_judges judges = p->thinning.judges;
-    TRY(ops_attention_decode(policy->env.ops, in->out, in->q, in->batch, policy->env.kv, &layer->heads));
-    if (!judges.block_tokens || !layer->counted) return OK;
+    float *log_sum = p->thinning.log_sum;
+    if (!judges.block_tokens || !layer->counted)
+        return ops_attention_decode(policy->env.ops, in->out, in->q, in->batch, policy->env.kv, &layer->heads);
+    if (in->batch->n_seqs > policy->env.kv->n_slots)
+        FAIL(ERR_BUG, "pyramid_infer: a step of %d rows, there are %d slots", in->batch->n_seqs,
+             policy->env.kv->n_slots);
+    TRY(ops_attention_decode_log_sum(policy->env.ops, in->out, in->q, log_sum, in->batch, policy->env.kv,
+                                     &layer->heads));
     judges.sum = p->thinning.sum + (size_t)in->layer * (size_t)judges.block_tokens;
-    return ops_judge_columns(policy->env.ops, in->q, in->batch, policy->env.kv, &layer->heads, &judges);
+    return ops_judge_columns(policy->env.ops, in->q, log_sum, in->batch, policy->env.kv, &layer->heads, &judges);
 }
 
 /* The block that is settled at this step loses its worst tokens, in all layers. */

@@ -124,7 +124,7 @@ static void compare_judges(struct cuda_fixture *f, int n_kv_heads, int group, in
     struct cache c = cache_take(f, SLOTS, n_kv_heads + 1, pages, SLOTS * pages * (n_kv_heads + 1), 16, dim, STALE_NAN);
     cuda_what(f, "judges of %d/%d heads of %d, step %d after %d, %d blocks settled", n_heads, n_kv_heads, dim, step,
               prompt, settled);
-    for (int s = 0; s < SLOTS; s++) cache_fill(f, &c, &heads, s, n);
+    for (int s = 0; s < SLOTS; s++) cache_fill(f, &c, &heads, s, n - 1);
     int32_t progress[2 * SLOTS] = {step, settled, -1, 0, step, settled}, slot[4] = {2, -1, 1, 0};
     int32_t *block = fixture_take(f->cpu, sizeof *block * 2 * (size_t)(SLOTS * blocks));
     for (int s = 0; s < SLOTS; s++)
@@ -139,7 +139,11 @@ static void compare_judges(struct cuda_fixture *f, int n_kv_heads, int group, in
     struct pair p = pair_of(f, progress, sizeof progress), sum = pair_of(f, start, sizeof *start * (size_t)n_sums);
     struct pair table = pair_of(f, block, sizeof *block * 2 * (size_t)(SLOTS * blocks));
     struct batch b = batch_of(f, slot, NULL, 4);
-    struct twin q = twin_3d(f, 4, n_heads, dim, 8, 1);
+    struct twin q = twin_3d(f, 4, n_heads, dim, 8, 1), out = twin_3d(f, 4, n_heads, dim, 8, 0);
+    struct twin k = twin_3d(f, 4, n_kv_heads, dim, 0, 1), v = twin_3d(f, 4, n_kv_heads, dim, 0, 1);
+    float *none = fixture_take(f->cpu, sizeof *none * (size_t)(4 * n_heads));
+    for (int i = 0; i < 4 * n_heads; i++) none[i] = -7;
+    struct pair log_sum = pair_of(f, none, sizeof *none * (size_t)(4 * n_heads));
     struct decode_judges gpu = {.progress = p.gpu,
                                 .block = table.gpu,
                                 .max_blocks = blocks,
@@ -151,8 +155,17 @@ static void compare_judges(struct cuda_fixture *f, int n_kv_heads, int group, in
                                 .block_stride = block_stride};
     struct decode_judges cpu = gpu;
     cpu.progress = p.cpu, cpu.block = table.cpu, cpu.sum = (int64_t *)sum.cpu + BLOCK;
-    RUN(f, ops_judge_columns(&f->gpu, q.gpu, &b.gpu, &c.gpu, &heads, &gpu));
-    RUN(f, ops_judge_columns(&f->cpu->ops, q.cpu, &b.cpu, &c.cpu, &heads, &cpu));
+    RUN(f, ops_decode_begin(&f->gpu, &b.gpu, &c.gpu));
+    RUN(f, ops_kv_append(&f->gpu, &c.gpu, &heads, k.gpu, v.gpu, &b.gpu));
+    RUN(f, ops_attention_decode_log_sum(&f->gpu, out.gpu, q.gpu, log_sum.gpu, &b.gpu, &c.gpu, &heads));
+    RUN(f, ops_judge_columns(&f->gpu, q.gpu, log_sum.gpu, &b.gpu, &c.gpu, &heads, &gpu));
+    RUN(f, ops_kv_append(&f->cpu->ops, &c.cpu, &heads, k.cpu, v.cpu, &b.cpu));
+    RUN(f, ops_attention_decode_log_sum(&f->cpu->ops, out.cpu, q.cpu, log_sum.cpu, &b.cpu, &c.cpu, &heads));
+    RUN(f, ops_judge_columns(&f->cpu->ops, q.cpu, log_sum.cpu, &b.cpu, &c.cpu, &heads, &cpu));
+    const float *got_log = pair_fetch(f, log_sum), *want_log = log_sum.cpu;
+    for (int i = 0; i < 4 * n_heads; i++)
+        if (!(fabsf(got_log[i] - want_log[i]) <= (slot[i / n_heads] < 0 ? 0 : 1e-3f)))
+            cuda_wrong(f, "log_sum[%d] is %g, expected %g", i, (double)got_log[i], (double)want_log[i]);
     const int64_t *got = pair_fetch(f, sum), *want = sum.cpu;
     int changed = 0;
     for (int64_t i = 0; i < n_sums; i++) {

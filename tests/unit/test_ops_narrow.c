@@ -122,7 +122,10 @@ static void test_judges(void)
     struct tensor q = fixture_3d(f, 2, 4, 16, 3);
     struct decode_judges judges = {progress, block, BLOCKS, BLOCK, RING, 1.2f, sum, RING * BLOCK, BLOCK};
     struct seq_batch batch = {.n_seqs = 2, .n_tokens = 2, .slot = slot};
-    CHECK_OK(ops_judge_columns(&f->ops, q, &batch, &kv, &heads, &judges));
+    float log_sum[8] = {-7, -7, -7, -7}; /* the first row is padding */
+    CHECK_OK(ops_attention_decode_log_sum(&f->ops, fixture_3d(f, 2, 4, 16, 3), q, log_sum, &batch, &kv, &heads));
+    for (int h = 0; h < 4; h++) CHECK(!(log_sum[h] < -7 || log_sum[h] > -7));
+    CHECK_OK(ops_judge_columns(&f->ops, q, log_sum, &batch, &kv, &heads, &judges));
     for (int h = 0; h < 4; h++) {
         double p[N], total = 0;
         for (int i = 0; i < N; i++) {
@@ -131,6 +134,7 @@ static void test_judges(void)
                 dot += (double)fixture_row(q, 1)[h * 16 + d] * (double)fixture_key(&kv, h / 2, i)[d];
             total += p[i] = exp(dot * 0.25);
         }
+        CHECK(fabs((double)log_sum[4 + h] - log(total)) <= 1e-5);
         for (int g = 2 * BLOCK; g <= STEP; g++) {
             const int age = block[2 * (g / BLOCK)] - STEP, rows = 11;
             if (age < 0 || age >= rows) continue;
@@ -146,7 +150,7 @@ static void test_judges(void)
     }
     CHECK(grew == 12 && sum[STEP + 1] == 0 && sum[4] == 1004); /* blocks 4 to 6: ages 0, 5, 10 */
     judges.ring_blocks = 0;
-    CHECK_FAILS(ops_judge_columns(&f->ops, q, &batch, &kv, &heads, &judges), ERR_ARG, "rings of 0");
+    CHECK_FAILS(ops_judge_columns(&f->ops, q, log_sum, &batch, &kv, &heads, &judges), ERR_ARG, "rings of 0");
     fixture_close(f);
 }
 
