@@ -80,6 +80,18 @@ void ops_memory_give_back(struct ops *o, void *memory, size_t bytes)
     if (memory) o->vt->memory_give_back(o, memory, bytes);
 }
 
+int ops_host_take(struct ops *o, size_t bytes, void **out)
+{
+    POINTER(out);
+    *out = NULL;
+    return o->vt->host_take(o, bytes, out);
+}
+
+void ops_host_give_back(struct ops *o, void *memory, size_t bytes)
+{
+    if (memory) o->vt->host_give_back(o, memory, bytes);
+}
+
 int ops_upload(struct ops *o, void *to, const void *from_host, size_t bytes)
 {
     if (!bytes) return OK;

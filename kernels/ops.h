@@ -129,9 +129,31 @@ struct heavy_hitters {
 /* The entries of lanes that a decode step attends to, device: list r * n_kv_heads + h for row r and KV head h of the
  * layer. */
 struct kv_list {
-    const int32_t *entry; /* [n_rows * n_kv_heads, stride] entries of the lane, each once, in any order */
-    const int32_t *count; /* [n_rows * n_kv_heads] how many, at most stride; < 0: the whole lane */
+    const int32_t *entry; /* [n_rows * n_kv_heads, stride] entries of the lane, each once, in any order; a negative
+                             one is entry ~e of the same lane in `host` */
+    const int32_t *count; /* [n_rows * n_kv_heads] how many, at most stride; < 0: the whole lane, of kv alone */
     int stride;
+    const struct kv_view *host;     /* of kv's geometry; NULL: no entry is negative */
+    const struct kv_recent *recent; /* entries from RECENT_ENTRY on are its places; NULL: there are none */
+};
+enum { RECENT_ENTRY = 1 << 30 };
+
+/* Copies on the device of what decode steps have lately read of lanes in host memory: lanes first_lane .. first_lane +
+ * n_lanes - 1 of every slot have `capacity` places each. Row r of an array is slot * n_lanes + lane - first_lane; all
+ * are device memory. A place that no step touched has stamp 0: stamps and steps of a slot are zeroed when a sequence
+ * begins, the rest may hold anything. */
+struct kv_recent {
+    struct tensor pool; /* [n_slots * n_lanes * capacity / page_size, 2 * page_size, head_dim]: place p of row r in page
+                           r * capacity / page_size + p / page_size, as in struct kv_view */
+    int32_t *place;     /* [n_slots * n_lanes, max_entries] of an entry in host memory: where it is, if it is */
+    int32_t *holder;    /* [n_slots * n_lanes, capacity] the entry at a place */
+    int32_t *stamp;     /* [n_slots * n_lanes, capacity] the step, from 1, that last listed it */
+    int32_t *step;      /* [n_slots * n_lanes] steps so far */
+    int32_t *work;      /* [n_slots * n_lanes, 2 * capacity] */
+    int64_t *counts;    /* [n_slots, 2] entries of host memory that steps listed, and those of them that were here */
+    int first_lane, n_lanes, max_entries;
+    int capacity; /* whole pages */
+    int steps;    /* what one of the last so many steps listed, this one included, keeps its place */
 };
 
 /* What ops_pick_pages works with. */
@@ -173,10 +195,11 @@ struct kv_drop {
     int first_index;    /* those that index[first_index ...] names, counted from `first`, ascending */
 };
 
-/* What a slot's lanes hold in clusters: entries first .. end - 1 of each, in n_clusters clusters. Entries before and
- * behind them belong to none. budget: how many of the clustered ones a decode step attends to. */
+/* What a lane holds in clusters: entries first .. end - 1, and n_host entries of the same lane in host memory, in
+ * n_clusters clusters. Entries before and behind the former belong to none. budget: how many of the clustered ones a
+ * decode step attends to, at least 1. */
 struct cluster_state {
-    int32_t n_clusters, first, end, budget;
+    int32_t n_clusters, first, end, budget, n_host;
 };
 
 /* Clusters of the entries of lanes first_lane .. first_lane + n_lanes - 1 of every slot, device. Row r of an array is
@@ -185,21 +208,29 @@ struct cluster_state {
 struct kv_clusters {
     struct tensor centroid;      /* [n_slots * n_lanes, max_clusters, head_dim] means of the keys, not normalised */
     int32_t *size;               /* [n_slots * n_lanes, max_clusters] entries of each cluster */
-    int32_t *entry;              /* [n_slots * n_lanes, max_entries] entries, cluster after cluster, ascending within */
-    struct cluster_state *state; /* [n_slots] */
+    int32_t *entry;              /* [n_slots * n_lanes, max_entries] entries, cluster after cluster, ascending within;
+                                    ~e: entry e of the lane in host memory */
+    struct cluster_state *state; /* [n_slots * n_lanes] */
     void *work;                  /* ops_cluster_bytes of room for one ops_cluster_keys */
     int first_lane, n_lanes, max_clusters, max_entries;
 };
 enum { MOST_CLUSTERS = 4096 /* of a lane */ };
 
-/* A run of entries of all clustered lanes of a slot that become clusters of their own. */
+/* Entries of all clustered lanes of a slot that become clusters of their own: a run, or listed ones that are about to
+ * go to host memory, the i-th as entry i of the lane there. */
 struct cluster_job {
-    int slot, first_entry, n_entries;
-    int first_cluster, n_clusters; /* the clusters that they become */
-    int first_place;               /* where in kv_clusters.entry they go: the entries clustered before */
+    int slot, first_entry, n_entries; /* with a list first_entry is 0, and a lane has at most so many */
+    int first_cluster, n_clusters;    /* the clusters that they become; with a list at most so many */
+    int first_place;                  /* where in kv_clusters.entry they go: the entries clustered before */
     int iterations;
     const int32_t
         *centre; /* [n_lanes, n_clusters] device: the first centres, as numbers 0 .. n_entries - 1 of entries */
+    const int32_t *index;              /* [n_lanes, index_stride] device, ascending entries; NULL: a run */
+    const struct cluster_count *count; /* [n_lanes] device: how many of them a lane has; with index alone */
+    int index_stride;
+};
+struct cluster_count {
+    int32_t n_entries, n_clusters; /* a cluster has an entry at least: 0 and 0, or n_clusters <= n_entries */
 };
 
 enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_QUICK_GELU, ACTIVATION_N };
@@ -255,6 +286,8 @@ struct ops_vt {
     int (*reserve)(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure);
     int (*memory_take)(struct ops *o, size_t bytes, void **out);
     void (*memory_give_back)(struct ops *o, void *memory, size_t bytes);
+    int (*host_take)(struct ops *o, size_t bytes, void **out);
+    void (*host_give_back)(struct ops *o, void *memory, size_t bytes);
     int (*upload)(struct ops *o, void *to, const void *from_host, size_t bytes);
     int (*download)(struct ops *o, void *to_host, const void *from, size_t bytes);
     int (*copy)(struct ops *o, void *to, const void *from, size_t bytes);
@@ -323,6 +356,13 @@ struct ops_vt {
                        float scale, const struct seq_batch *batch);
     int (*kv_pack)(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                    int keep_stride, const int32_t *n_keep);
+    int (*list_others)(struct ops *o, int32_t *other, int other_stride, const int32_t *keep, int keep_stride,
+                       const int32_t *n_keep, int n, int n_lanes);
+    int (*kv_split)(struct ops *o, const struct kv_view *kv, const struct kv_view *host, int slot, int lane,
+                    int n_lanes, const int32_t *index, int index_stride, const int32_t *n_index);
+    int (*recall)(struct ops *o, int32_t *entry, const int32_t *count, int stride, const struct seq_batch *batch,
+                  const struct kv_view *kv, const struct attention_heads *heads, const struct kv_view *host,
+                  const struct kv_recent *recent);
     int (*kv_drop)(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                    int n_drops);
     int (*kv_quantise)(struct ops *o, const struct kv_view *kv, int slot);
@@ -377,6 +417,10 @@ int ops_reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, b
  * ERR_NOMEM with the size. ops_upload/ops_download - host to device and back; download waits for it. */
 int ops_memory_take(struct ops *o, size_t bytes, void **out) MUST_CHECK;
 void ops_memory_give_back(struct ops *o, void *memory, size_t bytes);
+/* ops_host_take - memory of the host that ops read and write as they do the device's, by the same address, at the pace
+ * of the bus: pinned, zeroed. ops_host_give_back - accepts NULL. */
+int ops_host_take(struct ops *o, size_t bytes, void **out) MUST_CHECK;
+void ops_host_give_back(struct ops *o, void *memory, size_t bytes);
 int ops_upload(struct ops *o, void *to, const void *from_host, size_t bytes) MUST_CHECK;
 int ops_download(struct ops *o, void *to_host, const void *from, size_t bytes) MUST_CHECK;
 int ops_copy(struct ops *o, void *to, const void *from, size_t bytes) MUST_CHECK;
@@ -508,15 +552,17 @@ size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max
 /* ops_cluster_keys - k-means by cosine of the keys of job's entries, lane by lane (ClusterKV): `iterations` times each
  * key goes to the centre of the largest cosine (0 with a zero vector; equal: the lower cluster) and each centre becomes
  * the mean of its keys as they are, summed in float32 in a fixed order (an empty cluster keeps its centre); then keys
- * are assigned once more. Writes centroids, sizes and entries of the job's clusters alone; state is the caller's. */
+ * are assigned once more. Writes centroids, sizes and entries of the job's clusters alone; state is the caller's. Of a
+ * list's entries the places in the list are written, as ~place: they are to be moved to host memory afterwards. */
 int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                      const struct cluster_job *job) MUST_CHECK;
 /* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head the entries before the
- * clustered ones, `budget` of the clustered ones, and all behind them. Clusters come in falling order of the largest
- * (or mean) q . centroid of the group's heads (equal: the lower cluster), entries within in theirs; the last cluster is
- * cut. q [n, n_heads, head_dim], after kv_append. count -1 (the whole lane) where the slot has no clusters or the
- * budget takes them all, 0 for a padding row. The order of a list is fixed but means nothing. stride: room of a list;
- * what a lane's list takes more than that is a bug, and its whole lane is read. Device work only. */
+ * clustered ones, `budget` of the clustered ones (all, if there are fewer), and all behind them. Clusters come in
+ * falling order of the largest (or mean) q . centroid of the group's heads (equal: the lower cluster), entries within
+ * in theirs; the last cluster is cut. q [n, n_heads, head_dim], after kv_append. count -1 (the whole lane) where the
+ * lane has no clusters, or where the budget takes them all and none is in host memory; 0 for a padding row. The order
+ * of a list is fixed but means nothing. stride: room of a list; what a lane's list takes more than that is a bug, and
+ * its whole lane is read. Device work only. */
 int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
                         const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
                         const struct kv_clusters *clusters) MUST_CHECK;
@@ -536,6 +582,24 @@ int ops_rope_append(struct ops *o, const struct kv_view *kv, const struct attent
  * n_keep[i]) (ascending, device; n_keep host) moved left inside the lane's own pages; pages beyond are pushed back. */
 int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int n_lanes, const int32_t *keep,
                 int keep_stride, const int32_t *n_keep) MUST_CHECK;
+/* ops_list_others - of each of n_lanes lists the numbers below n that it does not hold, ascending: other[i *
+ * other_stride + 0 .. n - n_keep[i]) (device) from keep[i * keep_stride + 0 .. n_keep[i]) (ascending, below n, device;
+ * n_keep host). */
+int ops_list_others(struct ops *o, int32_t *other, int other_stride, const int32_t *keep, int keep_stride,
+                    const int32_t *n_keep, int n, int n_lanes) MUST_CHECK;
+/* ops_kv_split - copies, of n_lanes lanes from `lane` on of a slot, the entries index[i * index_stride + 0 ..
+ * n_index[i]) (device; n_index host) to the empty lane of the same number in `host`, a view of kv's geometry whose pool
+ * lies in host memory, its tables on the device. The lanes stay as they are. A lane that is not empty in `host`:
+ * KV_ERROR_LANE_FULL. */
+int ops_kv_split(struct ops *o, const struct kv_view *kv, const struct kv_view *host, int slot, int lane, int n_lanes,
+                 const int32_t *index, int index_stride, const int32_t *n_index) MUST_CHECK;
+/* ops_recall - a decode step's lists before its attention: entries of host memory that are at a place of `recent`
+ * become that place, in the list; those that are not are copied to places that the last steps did not list, in the
+ * order of the list and of the places, and become these; what finds no place stays as it is. No two rows of the batch
+ * have the same slot. Device work only. */
+int ops_recall(struct ops *o, int32_t *entry, const int32_t *count, int stride, const struct seq_batch *batch,
+               const struct kv_view *kv, const struct attention_heads *heads, const struct kv_view *host,
+               const struct kv_recent *recent) MUST_CHECK;
 /* ops_kv_drop - drops entries from the middle of lanes of a slot; what stands behind them moves left inside the lane's
  * own pages, pages beyond are pushed back. index: device; drop: host [n_drops], no lane in two of them. */
 int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,

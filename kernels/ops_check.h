@@ -22,6 +22,12 @@ int ops_check__tensor(const char *op, const char *name, struct tensor t, unsigne
 int ops_check__pointer(const char *op, const char *name, const void *pointer) MUST_CHECK;
 /* ops_check__kv - a complete view whose pool has the shape that its numbers say, in o->dtype. */
 int ops_check__kv(const char *op, const struct ops *o, const struct kv_view *kv) MUST_CHECK;
+/* ops_check__host - a view of host memory whose lanes and pages are those of kv in number and shape. */
+int ops_check__host(const char *op, const struct ops *o, const struct kv_view *kv,
+                    const struct kv_view *host) MUST_CHECK;
+/* ops_check__recent - lanes of kv, whole pages, a pool of the shape that its numbers say. */
+int ops_check__recent(const char *op, const struct ops *o, const struct kv_view *kv,
+                      const struct kv_recent *recent) MUST_CHECK;
 /* ops_check__heads - the layer's lanes lie within a slot, groups are whole, head_dim is the cache's. */
 int ops_check__heads(const char *op, const struct kv_view *kv, const struct attention_heads *heads) MUST_CHECK;
 /* ops_check__batch - counts and arrays; decode: one row a sequence, else host arrays that ascend to n_tokens and name

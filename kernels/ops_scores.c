@@ -49,6 +49,8 @@ int ops_attention_decode_listed(struct ops *o, struct tensor out, struct tensor 
     POINTER(list->entry);
     POINTER(list->count);
     if (list->stride < 1) FAIL(ERR_ARG, "ops_attention_decode_listed: lists of %d entries", list->stride);
+    if (list->host) TRY(ops_check__host(__func__, o, kv, list->host));
+    if (list->recent) TRY(ops_check__recent(__func__, o, kv, list->recent));
     return o->vt->attention_decode_listed(o, out, q, batch, kv, heads, list);
 }
 

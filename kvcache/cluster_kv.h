@@ -1,4 +1,5 @@
-/* cluster_kv - what tests look at of the ClusterKV policy, which is policies/cluster_kv.c. */
+/* cluster_kv - what others see of the ClusterKV policy, which is policies/cluster_kv.c: the recall of evicted tokens
+ * from host memory, and what tests look at. */
 #ifndef VITRAIL_KVCACHE_CLUSTER_KV_H
 #define VITRAIL_KVCACHE_CLUSTER_KV_H
 
@@ -12,5 +13,14 @@ int cluster_kv_count(const struct cluster_kv_options *options, int m, int n_keys
 
 /* cluster_kv_most - the most clusters that a lane of at most max_context tokens can come to. */
 int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_context);
+
+/* cluster_kv_recall_counts - see policy_recall_counts. */
+const int64_t *cluster_kv_recall_counts(const struct policy *policy);
+
+/* cluster_kv_take - of an open ClusterKV policy with pages in host memory: clusters the keys of all tokens of a prompt
+ * that a decision does not keep and copies those tokens to host memory, lane by lane; decode steps then attend to the
+ * lanes as they will be packed and to the best clusters. Before the lanes are packed. */
+int cluster_kv_take(struct policy *policy, const struct policy_sequence *sequence,
+                    const struct policy_keep *keep) MUST_CHECK;
 
 #endif

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/nearest.h"
+#include "kvcache/cluster_kv.h"
 
 static const struct policy_vt *const policies[] = {&policy_full,
                                                    &policy_vl_cache,
@@ -82,6 +83,29 @@ static bool reads_lanes(const struct policy_vt *vt, const struct policy_config *
     return vt->decode_attention != NULL;
 }
 
+/* Whether what a policy evicts can be recalled: it is ClusterKV, evicts once, after the prompt, or never. */
+static bool can_recall(const struct policy_vt *vt)
+{
+    if (vt == &policy_cluster_kv || !vt->open) return true;
+    return vt->select && !vt->decode_attention && !vt->begin_decode && !vt->narrow;
+}
+
+static int check_evicted(const struct policy_config *config, const struct policy_vt *vt)
+{
+    if (config->evicted != KV_EVICTED_HOST) return OK;
+    if (!can_recall(vt))
+        FAIL(ERR_CONFIG,
+             "kv_cache.evicted: host is not served with kv_cache.policy %s, whose decode steps are its own; served are "
+             "cluster_kv and the policies that evict once, after the prompt",
+             vt->name);
+    if (kv_dtype_format(config->dtype) != KV_PLAIN)
+        FAIL(ERR_CONFIG,
+             "kv_cache.evicted: host with kv_cache.dtype %s: recall reads the model's dtype alone; set "
+             "kv_cache.dtype to auto",
+             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8");
+    return OK;
+}
+
 int policy_check(const struct policy_config *config)
 {
     const struct policy_vt *vt;
@@ -92,6 +116,25 @@ int policy_check(const struct policy_config *config)
              "kv_cache.dtype to auto, %s",
              config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name,
              vt == &policy_pyramid_infer ? "or kv_cache.pyramid_infer.generation_block to 0" : "or another policy");
+    return check_evicted(config, vt);
+}
+
+/* Who brings evicted tokens back, where they are to stay. */
+static int choose_recall(struct policy *policy)
+{
+    const struct policy_vt *vt = policy->vt;
+    if (policy->config.evicted != KV_EVICTED_HOST || !vt->open) return OK;
+    if (!policy->env.host) FAIL(ERR_BUG, "%s: kv_cache.evicted is host, and there are no pages there", vt->name);
+    if (vt == &policy_cluster_kv) {
+        policy->vt = &policy_cluster_kv_host;
+        policy->recall = policy;
+        return OK;
+    }
+    struct policy *recall = calloc(1, sizeof *recall);
+    if (!recall) FAIL(ERR_NOMEM, "%s: out of memory", vt->name);
+    *recall = (struct policy){.vt = &policy_cluster_kv, .config = policy->config, .env = policy->env, .beside = true};
+    recall->config.cluster_kv.full_layers = 0; /* of every layer something was evicted */
+    policy->recall = recall;
     return OK;
 }
 
@@ -103,13 +146,41 @@ int policy_open(struct policy *policy, const struct policy_config *config, const
     TRY(policy_find(config->policy, &policy->vt));
     policy->config = *config;
     policy->env = *env;
-    return policy->vt->open ? policy->vt->open(policy, arena) : OK;
+    if (config->evicted != KV_EVICTED_HOST) policy->env.host = NULL;
+    TRY(choose_recall(policy));
+    if (policy->vt->open) TRY(policy->vt->open(policy, arena));
+    return policy->recall && policy->recall != policy ? policy->recall->vt->open(policy->recall, arena) : OK;
 }
 
 void policy_close(struct policy *policy)
 {
+    if (policy->recall && policy->recall != policy) {
+        policy_close(policy->recall);
+        free(policy->recall);
+    }
     if (policy->vt && policy->vt->close) policy->vt->close(policy);
     memset(policy, 0, sizeof *policy);
+}
+
+struct policy *policy_decoder(struct policy *policy) { return policy->recall ? policy->recall : policy; }
+
+int policy_evict(struct policy *policy, const struct policy_sequence *sequence, const struct policy_keep *keep)
+{
+    const struct kv_view *kv = policy->env.kv;
+    if (policy->recall) TRY(cluster_kv_take(policy->recall, sequence, keep));
+    return ops_kv_pack(policy->env.ops, kv, sequence->slot, keep->lane, kv->lanes_per_slot - keep->lane, keep->index,
+                       keep->stride, keep->n_keep);
+}
+
+const int64_t *policy_recall_counts(const struct policy *policy)
+{
+    return policy->recall ? cluster_kv_recall_counts(policy->recall) : NULL;
+}
+
+int policy_host_tokens(const struct policy *policy, struct kv_budget budget, int m)
+{
+    const struct policy_sequence asked = {.prompt_tokens = m, .budget = budget};
+    return policy->recall && policy_runs(policy, &asked) ? m : 0;
 }
 
 bool policy_runs(const struct policy *policy, const struct policy_sequence *sequence)
@@ -125,9 +196,10 @@ int policy_judging_rows(const struct policy *policy, const struct policy_sequenc
 struct policy_reads policy_step_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
                                       int before)
 {
-    if (policy->vt && policy->vt->reads && policy_runs(policy, sequence))
-        return policy->vt->reads(policy, sequence, kept, before);
-    return (struct policy_reads){kept + before + 1, 0};
+    const struct policy *decoder = policy->recall ? policy->recall : policy;
+    if (decoder->vt && decoder->vt->reads && policy_runs(policy, sequence))
+        return decoder->vt->reads(decoder, sequence, kept, before);
+    return (struct policy_reads){.tokens = kept + before + 1};
 }
 
 int policy_kv_heads(const struct policy *policy)

@@ -45,6 +45,9 @@ struct vl_cache_options {
 };
 void vl_cache_options_default(struct vl_cache_options *options);
 
+/* What becomes of tokens that are not kept: freed, or kept in host memory and recalled. */
+enum kv_evicted { KV_EVICTED_FREE, KV_EVICTED_HOST };
+
 /* How a layer's budget is split over its KV heads: alike, or by Ada-KV (arXiv 2407.11550). */
 enum kv_heads { KV_HEADS_EQUAL, KV_HEADS_ADAPTIVE };
 
@@ -117,9 +120,12 @@ static inline enum kv_format kv_dtype_format(int dtype)
 struct policy_config {
     char policy[32]; /* name in the registry */
     struct kv_budget budget;
-    int dtype;          /* enum kv_dtype */
-    int heads;          /* enum kv_heads */
-    double heads_floor; /* adaptive: the part of an equal share that no head gets less than, 0.2 */
+    int dtype;                      /* enum kv_dtype */
+    int evicted;                    /* enum kv_evicted */
+    struct kv_budget recall_budget; /* of a policy that evicts: how much of a prompt a decode step recalls */
+    int recall_cache_steps;         /* recalled tokens of so many steps stay on the device; 0: none */
+    int heads;                      /* enum kv_heads */
+    double heads_floor;             /* adaptive: the part of an equal share that no head gets less than, 0.2 */
     struct vl_cache_options vl_cache;
     struct snapkv_options snapkv;
     struct pyramid_kv_options pyramid_kv;
@@ -143,6 +149,7 @@ struct policy_env {
     struct ops *ops;
     struct comm *comm; /* for policy_sum_counts and policy_sum_scores alone */
     const struct kv_view *kv;
+    const struct kv_view *host;        /* the evicted tokens' lanes, in host memory; NULL: there is none */
     const struct policy_layer *layers; /* [n_layers] */
     int n_layers;
     const float *inverse_frequency; /* [head_dim / 2] device, of the queries' and keys' rotation; NULL: not rotated */
@@ -198,6 +205,7 @@ struct policy_keep {
     const int32_t *index; /* [lanes, stride] device; valid until the next sequence's decision */
     int stride;
     const int32_t *n_keep; /* [lanes] host: how many each keeps */
+    int lane;              /* the lists' first lane within the slot; those before it keep everything */
 };
 
 /* What a decode step of a sequence reads of the cache: entries (K and V) of a lane, as the mean over layers, and bytes
@@ -205,6 +213,7 @@ struct policy_keep {
 struct policy_reads {
     double tokens;
     int64_t beside_bytes;
+    double recalled; /* those of the tokens that lie in host memory */
 };
 
 struct policy;
@@ -248,7 +257,10 @@ struct policy {
     const struct policy_vt *vt;
     struct policy_config config;
     struct policy_env env;
-    void *state; /* the policy's own, from its open */
+    void *state;           /* the policy's own, from its open */
+    struct policy *recall; /* where evicted tokens stay in host memory: ClusterKV over them, which has the decode steps;
+                              the policy itself, if that is ClusterKV; else NULL */
+    bool beside;           /* is another policy's recall */
 };
 
 /* policy_find - by name; ERR_CONFIG listing the names and the nearest one. policy_name - i-th name, NULL past the end.
@@ -269,6 +281,21 @@ void policy_close(struct policy *policy);
 /* policy_runs - false where the budget keeps all tokens of an m-token prompt, or the policy has no hooks. */
 bool policy_runs(const struct policy *policy, const struct policy_sequence *sequence);
 
+/* policy_decoder - whose hooks decode steps and begin_decode go to: the policy's own, or its recall's. */
+struct policy *policy_decoder(struct policy *policy);
+
+/* policy_evict - carries out a decision: what is not kept goes to host memory, if it is to stay there, and leaves the
+ * lanes. */
+int policy_evict(struct policy *policy, const struct policy_sequence *sequence,
+                 const struct policy_keep *keep) MUST_CHECK;
+
+/* policy_recall_counts - [n_slots, 2] device: tokens of host memory that a slot's decode steps attended to, over lanes
+ * and steps, and how many of them were on the device already; NULL where nobody counts. */
+const int64_t *policy_recall_counts(const struct policy *policy);
+
+/* policy_host_tokens - tokens of an m-token prompt at this budget that may go to host memory in a layer, at most. */
+int policy_host_tokens(const struct policy *policy, struct kv_budget budget, int m);
+
 /* policy_judging_rows - the hook's number, or 1. */
 int policy_judging_rows(const struct policy *policy, const struct policy_sequence *sequence);
 
@@ -288,5 +315,7 @@ int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n) MUST_CH
 extern const struct policy_vt policy_full, policy_vl_cache, policy_snapkv, policy_pyramid_kv, policy_streaming_llm,
     policy_random, policy_h2o, policy_quest, policy_pyramid_infer, policy_cluster_kv, policy_expected_attention,
     policy_tova;
+/* ClusterKV where what is not among the first tokens goes to host memory: in the place of policy_cluster_kv. */
+extern const struct policy_vt policy_cluster_kv_host;
 
 #endif

@@ -387,9 +387,10 @@ static int compress(struct model *m, const struct policy_sequence *sequence, str
     if (compresses(policy, sequence) && policy->vt->prefill_end) TRY(policy->vt->prefill_end(policy, sequence, k));
     if (compresses(policy, sequence) && policy->vt->select) {
         TRY(policy->vt->select(policy, sequence, k, &keep));
-        TRY(ops_kv_pack(m->ops, kv, sequence->slot, 0, m->weights.lanes, keep.index, keep.stride, keep.n_keep));
+        TRY(policy_evict(policy, sequence, &keep));
     }
-    if (policy->vt->begin_decode) TRY(policy->vt->begin_decode(policy, sequence));
+    struct policy *decoder = policy_decoder(policy);
+    if (decoder->vt->begin_decode) TRY(decoder->vt->begin_decode(decoder, sequence));
     return kv->format == KV_PLAIN ? OK : ops_kv_quantise(m->ops, kv, sequence->slot);
 }
 
@@ -479,7 +480,8 @@ static int attend(const struct decode_step *step, int layer, const struct attent
 {
     struct policy_decode in = {
         .layer = layer, .out = a->out, .q = a->q, .batch = batch, .position = step->model->position};
-    if (step->policy->vt->decode_attention) return step->policy->vt->decode_attention(step->policy, &in);
+    struct policy *decoder = policy_decoder(step->policy);
+    if (decoder->vt->decode_attention) return decoder->vt->decode_attention(decoder, &in);
     return ops_attention_decode(step->model->ops, a->out, a->q, batch, step->kv, &step->model->layers[layer].heads);
 }
 
@@ -524,7 +526,8 @@ int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_vi
                  const struct sampling_state *sampling)
 {
     TRY(decode_rows(m, slot, n, bucket_of(m, n), kv, policy, sampling));
-    return policy->vt->decode_end ? policy->vt->decode_end(policy, slot, n) : OK;
+    struct policy *decoder = policy_decoder(policy);
+    return decoder->vt->decode_end ? decoder->vt->decode_end(decoder, slot, n) : OK;
 }
 
 /* ---- before the first request ---- */

@@ -23,7 +23,6 @@ enum config_dtype {
     CONFIG_DTYPE_FLOAT16,
     CONFIG_DTYPE_BFLOAT16
 };
-enum config_evicted { CONFIG_EVICTED_FREE, CONFIG_EVICTED_HOST };
 enum config_load_format { CONFIG_LOAD_AUTO, CONFIG_LOAD_DUMMY };
 
 enum { CONFIG_PATH_BYTES = 4096, CONFIG_MAX_FILE = 1 << 20 };
@@ -42,8 +41,8 @@ struct config {
     struct policy_config kv_cache; /* policy, budget and the policies' options */
     /* Comma lists: what engine_set_policy may change to; no keys, set by commands. */
     char other_policies[512], other_dtypes[64];
-    int kv_page_size; /* tokens */
-    int kv_evicted;   /* enum config_evicted: what becomes of evicted tokens */
+    int kv_page_size;             /* tokens */
+    int64_t kv_host_memory_bytes; /* of one rank's pool for evicted tokens; 0: auto */
     char allowed_local_media_path[CONFIG_PATH_BYTES];
     int load_format;        /* enum config_load_format */
     uint64_t seed;          /* of requests that bring none, and of dummy weights */

@@ -70,7 +70,17 @@ static const struct config_key table[] = {
            "how a layer's budget is split over its KV heads: alike, or by Ada-KV's competition of their scores"),
     NUMBER("kv_cache.heads_floor", CONFIG_DOUBLE, kv_cache.heads_floor, "0.2", 0, 1,
            "adaptive heads: the part of an equal share that no head gets less than"),
-    CHOICE("kv_cache.evicted", kv_evicted, "free", evicted_names, 1, "what becomes of tokens that are not kept"),
+    CHOICE("kv_cache.evicted", kv_cache.evicted, "free", evicted_names, 0,
+           "what becomes of tokens that are not kept: freed, or kept in host memory and recalled in decode steps"),
+    ROW("kv_cache.recall_budget", CONFIG_BUDGET, kv_cache.recall_budget, "0.05",
+        .help = "evicted: host, of a policy that evicts: how much of a prompt a decode step recalls, as a share or a "
+                "number of tokens"),
+    NUMBER("kv_cache.recall_cache_steps", CONFIG_INT, kv_cache.recall_cache_steps, "1", 0, 64,
+           "evicted: host: what the last so many decode steps recalled stays on the device; 0: nothing does"),
+    AUTO(
+        "kv_cache.host_memory_bytes", CONFIG_BYTES, kv_host_memory_bytes, 1, MAX_BYTES,
+        "host memory of each rank for evicted tokens; auto: what max_num_seqs sequences can fill, at most a quarter of "
+        "the free memory over the ranks of the host"),
     NUMBER(VL("threshold"), CONFIG_DOUBLE, kv_cache.vl_cache.threshold, "0.01", 0, 1,
            "share of a row's largest attention from which an entry counts as not sparse"),
     NUMBER(VL("clip_min"), CONFIG_DOUBLE, kv_cache.vl_cache.clip_min, "0.01", 0, 1,

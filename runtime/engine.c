@@ -61,13 +61,14 @@ void engine_close(struct engine *e)
     if (!e) return;
     struct engine_prefill *p = &e->prefill;
     void *owned[] = {
-        e->slots, e->spans,    p->ids,  p->position,    p->slot,         p->cu_seqlens,        p->image_row,
-        p->ends,  p->sequence, p->kept, e->host_tokens, e->host_logprob, e->host_logprob_token};
+        e->slots, e->spans,    p->ids,  p->position,    p->slot,         p->cu_seqlens,         p->image_row,
+        p->ends,  p->sequence, p->kept, e->host_tokens, e->host_logprob, e->host_logprob_token, e->host_recall_counts};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     scheduler_close(e->scheduler);
     step_message_close(&e->message);
     resources_close(&e->resources);
     if (e->ops.vt) ops_memory_give_back(&e->ops, e->memory, e->plan.arena_bytes);
+    if (e->ops.vt) ops_host_give_back(&e->ops, e->host_memory, e->plan.host_bytes);
     if (e->device_comm) ops_forget_steps(&e->ops);
     ops_watch(&e->ops, NULL, NULL);
     comm_close(e->device_comm); /* before the stream that it works on */
@@ -98,6 +99,11 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
     if (request->n_images > e->resources.config.max_images_per_prompt)
         FAIL(ERR_REQUEST, "%d images in the prompt, at most %d are served (max_images_per_prompt)", request->n_images,
              e->resources.config.max_images_per_prompt);
+    if (request->n_followup && policy->recall == policy)
+        FAIL(ERR_REQUEST,
+             "a follow-up would be read over the cache's part on the device alone: kv_cache.evicted: host "
+             "with kv_cache.policy %s serves single turns",
+             policy->vt->name);
     if (request->n_followup && e->resources.kv.format != KV_PLAIN)
         FAIL(ERR_REQUEST,
              "a follow-up is read over the lanes of what came before, which kv_cache.dtype stores in 8 bits: "
@@ -219,6 +225,9 @@ void engine_counters(struct engine *e, struct engine_counters *out)
     out->pages_total = e->resources.kv.n_pages;
     if (!ops_download(&e->ops, &free_pages, e->resources.kv.free_count, sizeof free_pages))
         out->pages_free = free_pages;
+    out->host_pages_total = e->resources.host.n_pages;
+    if (out->host_pages_total && !ops_download(&e->ops, &free_pages, e->resources.host.free_count, sizeof free_pages))
+        out->host_pages_free = free_pages;
     out->planned_bytes = e->plan.total;
     out->used_bytes = plan_used_bytes(&e->ops) - e->used_before;
 }

@@ -68,9 +68,10 @@ int engine_ceilings(struct engine *engine, struct engine_floor *out) MUST_CHECK;
 struct engine_counters {
     int64_t steps, prefill_tokens, decode_tokens;
     double prefill_seconds, decode_seconds, vision_seconds;
-    int max_running;                  /* most sequences that ran at once */
-    int64_t pages_total, pages_free;  /* of this rank's pool */
-    size_t planned_bytes, used_bytes; /* of this rank: the plan, and how the memory it is about really grew */
+    int max_running;                           /* most sequences that ran at once */
+    int64_t pages_total, pages_free;           /* of this rank's pool */
+    int64_t host_pages_total, host_pages_free; /* of its pool of evicted tokens; 0: there is none */
+    size_t planned_bytes, used_bytes;          /* of this rank: the plan, and how the memory it is about really grew */
 };
 void engine_counters(struct engine *engine, struct engine_counters *out);
 

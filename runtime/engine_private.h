@@ -35,6 +35,7 @@ struct engine {
     struct resources resources;
     struct memory_plan plan;
     void *memory;       /* the arena's block */
+    void *host_memory;  /* pages of evicted tokens */
     size_t used_before; /* memory in use before ours was taken */
     struct step_message message;
     struct step_limits limits;
@@ -45,6 +46,7 @@ struct engine {
     int32_t *host_tokens;        /* [n_slots + 1] results of one step, rank 0 */
     float *host_logprob;
     int32_t *host_logprob_token;
+    int64_t *host_recall_counts; /* [n_slots, 2] */
     struct engine_counters counters;
     double load_seconds;
 };

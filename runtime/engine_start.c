@@ -40,6 +40,15 @@ static int check_fit(const struct engine *e)
         FAIL(ERR_NOMEM,
              "the KV pool has %" PRId64 " pages, a sequence takes at least %" PRId64 "; raise kv_cache_memory_bytes",
              plan->n_pages, one_token);
+    if (resources_keeps_evicted(&e->resources) && plan->n_host_pages < one_token)
+        FAIL(ERR_NOMEM,
+             "the pool of evicted tokens has %" PRId64 " pages, a sequence takes at least %" PRId64
+             "; raise kv_cache.host_memory_bytes",
+             plan->n_host_pages, one_token);
+    if (plan->host_bytes / 4 > plan->host_available)
+        FAIL(ERR_NOMEM,
+             "%zu MiB of host memory for evicted tokens, %zu MiB are free a rank; lower kv_cache.host_memory_bytes",
+             plan->host_bytes >> 20, plan->host_available >> 18);
     if (!plan->available || plan->total <= plan->available) return OK;
     plan_print_table(plan, &e->resources, stderr);
     FAIL(ERR_NOMEM,
@@ -76,7 +85,7 @@ int engine__plan(struct engine *e, const struct config *config, const struct mod
     if (config->load_format != CONFIG_LOAD_DUMMY) TRY(checkpoint_open(config->model, checkpoint));
     TRY(resources_open(config, dims, &e->ops, e->comm, &e->resources));
     if (*checkpoint) TRY(weights_check(model_weights(e->resources.model), *checkpoint));
-    return plan_measure(&e->resources, *checkpoint, 0, &e->plan);
+    return plan_measure(&e->resources, *checkpoint, 0, 0, &e->plan);
 }
 
 /* ---- memory ---- */
@@ -101,8 +110,10 @@ static int allocate_host(struct engine *e)
     e->host_tokens = calloc(slots + 1, sizeof *e->host_tokens);
     e->host_logprob = calloc(slots * (1 + MAX_LOGPROBS), sizeof *e->host_logprob);
     e->host_logprob_token = calloc(slots * (1 + MAX_LOGPROBS), sizeof *e->host_logprob_token);
-    if (!e->slots || !e->spans || !p->ids || !p->position || !p->slot || !p->cu_seqlens || !p->image_row || !p->ends ||
-        !p->sequence || !p->kept || !e->host_tokens || !e->host_logprob || !e->host_logprob_token)
+    e->host_recall_counts = calloc(2 * slots, sizeof *e->host_recall_counts);
+    if (!e->host_recall_counts || !e->slots || !e->spans || !p->ids || !p->position || !p->slot || !p->cu_seqlens ||
+        !p->image_row || !p->ends || !p->sequence || !p->kept || !e->host_tokens || !e->host_logprob ||
+        !e->host_logprob_token)
         FAIL(ERR_NOMEM, "engine: out of host memory");
     for (size_t i = 0; i < slots; i++) e->slots[i].spans = e->spans + i * spans;
     return OK;
@@ -123,7 +134,10 @@ static int open_scheduler(struct engine *e)
         for (int l = 0; l < layers; l++)
             heads[rank * layers + l] = shard_kv_heads(r->dims.n_kv_heads, ranks, rank, l).kv_count;
     int rc = pages_open(ranks, layers, r->kv.page_size, r->kv.n_slots, heads, r->kv.n_pages, &options.pages);
+    if (!rc && resources_keeps_evicted(r))
+        rc = pages_open(ranks, layers, r->host.page_size, r->host.n_slots, heads, r->host.n_pages, &options.host_pages);
     free(heads);
+    if (rc) pages_close(options.pages);
     return rc ? rc : scheduler_open(&options, &e->scheduler);
 }
 
@@ -133,9 +147,10 @@ int engine__allocate(struct engine *e, const struct checkpoint *checkpoint)
     struct ops_limits limits = model_limits(r->model);
     struct arena arena;
     size_t scratch;
-    int64_t n_pages = e->plan.n_pages;
+    int64_t n_pages = e->plan.n_pages, n_host_pages = e->plan.n_host_pages;
     TRY(agree_on_pages(e, &n_pages));
-    TRY(plan_measure(r, checkpoint, n_pages, &e->plan));
+    TRY(agree_on_pages(e, &n_host_pages));
+    TRY(plan_measure(r, checkpoint, n_pages, n_host_pages, &e->plan));
     TRY(check_fit(e));
     if (log_enabled(e->comm->rank == 0 ? LOG_INFO : LOG_DEBUG)) plan_print_table(&e->plan, r, stderr);
     e->limits = plan_step_limits(&r->config, &r->dims);
@@ -144,8 +159,10 @@ int engine__allocate(struct engine *e, const struct checkpoint *checkpoint)
     TRY(comm_reserve(e->comm, model_reduce_bytes(r->model)));
     TRY(ops_memory_take(&e->ops, e->plan.arena_bytes, &e->memory));
     arena_init(&arena, e->memory, e->plan.arena_bytes);
-    TRY(resources_place(r, &arena, checkpoint, n_pages));
+    TRY(resources_place(r, &arena, checkpoint, n_pages, e->plan.n_host_pages));
     arena_seal(&arena);
+    if (e->plan.host_bytes) TRY(ops_host_take(&e->ops, e->plan.host_bytes, &e->host_memory));
+    resources_use_host(r, e->host_memory);
     return e->comm->rank == 0 ? open_scheduler(e) : OK;
 }
 

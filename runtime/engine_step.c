@@ -104,6 +104,8 @@ static int set_aside(struct engine *e)
     TRY(ops_copy(&e->ops, r->logprob + turn * pairs, r->sampling.logprob, pairs * sizeof *r->logprob));
     TRY(ops_copy(&e->ops, r->logprob_token + turn * pairs, r->sampling.logprob_token,
                  pairs * sizeof *r->logprob_token));
+    const int64_t *counts = policy_recall_counts(&r->policy);
+    if (counts) TRY(ops_copy(&e->ops, r->recall_counts + turn * 2 * slots, counts, 2 * slots * sizeof *counts));
     return ops_mark(&e->ops, (int)turn);
 }
 
@@ -125,6 +127,12 @@ static int compare_ranks(struct engine *e)
 }
 #endif
 
+static int release(struct engine *e, int slot)
+{
+    TRY(ops_kv_release(&e->ops, &e->resources.kv, slot));
+    return resources_keeps_evicted(&e->resources) ? ops_kv_release(&e->ops, &e->resources.host, slot) : OK;
+}
+
 int engine__run_step(struct engine *e)
 {
     struct step_view v;
@@ -133,7 +141,7 @@ int engine__run_step(struct engine *e)
     TRY(step_read(&e->message, e->limits.image_bytes, &v));
     liveness_phase(e->liveness, h->n_chunks ? "prefill" : "decode");
     liveness_step_begin(e->liveness, h->number);
-    for (int i = 0; i < h->n_release; i++) TRY(ops_kv_release(&e->ops, &e->resources.kv, v.release[i]));
+    for (int i = 0; i < h->n_release; i++) TRY(release(e, v.release[i]));
     TRY(begin_sequences(e, &v));
     TRY(run_prefill(e, &v));
     TRY(run_decode(e, &v));
@@ -160,6 +168,11 @@ int engine__collect(struct engine *e)
                                 pairs * sizeof(int32_t), (int)turn));
         results.logprob = e->host_logprob;
         results.logprob_token = e->host_logprob_token;
+    }
+    if (policy_recall_counts(&r->policy)) {
+        TRY(ops_download_marked(&e->ops, e->host_recall_counts, r->recall_counts + turn * 2 * slots,
+                                2 * slots * sizeof *e->host_recall_counts, (int)turn));
+        results.recall_counts = e->host_recall_counts;
     }
     liveness_step_end(e->liveness);
     return scheduler_collect(e->scheduler, &results);

@@ -52,6 +52,9 @@ static int keep_answer(struct eval_answer *a, const struct completion *c)
     a->bytes_full = c->bytes_full;
     a->bytes_kept = c->bytes_kept;
     a->bytes_read_per_step = c->bytes_read_per_step;
+    a->bytes_host = c->bytes_host;
+    a->recall_bytes_per_step = c->recall_bytes_per_step;
+    a->recall_hit_rate = c->recall_hit_rate;
     a->done = true;
     return OK;
 }

@@ -43,8 +43,8 @@ struct eval_answer {
     int32_t *tokens;
     int n_tokens, prompt_tokens, image_tokens;
     double kept_tokens; /* of a layer, mean */
-    int64_t bytes_full, bytes_kept;
-    double bytes_read_per_step, first_token_seconds, total_seconds;
+    int64_t bytes_full, bytes_kept, bytes_host;
+    double bytes_read_per_step, recall_bytes_per_step, recall_hit_rate, first_token_seconds, total_seconds;
     struct eval_followup { /* the second turn's; text NULL: none */
         char *text;
         size_t text_size;
@@ -68,8 +68,9 @@ struct eval_subset {
 struct eval_scores {
     struct eval_subset all;
     int n_reference, n_like_reference; /* questions with reference tokens, and answers equal to them */
-    int64_t bytes_full, bytes_kept, prompt_tokens, generated_tokens;
-    double bytes_read_per_step; /* mean of the answers that took a decode step */
+    int64_t bytes_full, bytes_kept, bytes_host, prompt_tokens, generated_tokens;
+    /* Means of the answers that took a decode step; the latter two: over the bus, and found on the device. */
+    double bytes_read_per_step, recall_bytes_per_step, recall_hit_rate;
 };
 
 struct eval_one_run {

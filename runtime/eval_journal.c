@@ -141,6 +141,9 @@ static int take_answer(const cJSON *record, struct eval_answer *a)
     a->bytes_full = (int64_t)number(record, "bytes_full");
     a->bytes_kept = (int64_t)number(record, "bytes_kept");
     a->bytes_read_per_step = number(record, "bytes_read_per_step");
+    a->bytes_host = (int64_t)number(record, "bytes_host");
+    a->recall_bytes_per_step = number(record, "recall_bytes_per_step");
+    a->recall_hit_rate = number(record, "recall_hit_rate");
     a->first_token_seconds = number(record, "first_token_seconds");
     a->total_seconds = number(record, "total_seconds");
     a->done = true;
@@ -272,10 +275,13 @@ static void put_answer(struct output_buffer *b, const struct eval_one_run *run, 
     for (int k = 0; k < a->n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->tokens[k]);
     output_printf(b,
                   "],\"prompt_tokens\":%d,\"image_tokens\":%d,\"kept_tokens\":%.17g,\"bytes_full\":%" PRId64
-                  ",\"bytes_kept\":%" PRId64 ",\"bytes_read_per_step\":%.17g,\"first_token_seconds\":%.6f,"
+                  ",\"bytes_kept\":%" PRId64 ",\"bytes_host\":%" PRId64
+                  ",\"bytes_read_per_step\":%.17g,\"recall_bytes_per_step\":%.17g,"
+                  "\"recall_hit_rate\":%.17g,\"first_token_seconds\":%.6f,"
                   "\"total_seconds\":%.6f,\"run_seconds\":%.6f",
-                  a->prompt_tokens, a->image_tokens, a->kept_tokens, a->bytes_full, a->bytes_kept,
-                  a->bytes_read_per_step, a->first_token_seconds, a->total_seconds, run->seconds);
+                  a->prompt_tokens, a->image_tokens, a->kept_tokens, a->bytes_full, a->bytes_kept, a->bytes_host,
+                  a->bytes_read_per_step, a->recall_bytes_per_step, a->recall_hit_rate, a->first_token_seconds,
+                  a->total_seconds, run->seconds);
     if (!a->followup.text) return;
     output_printf(b, ",\"followup_size\":%zu,\"followup\":", a->followup.text_size);
     output_string(b, a->followup.text, a->followup.text_size);

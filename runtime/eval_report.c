@@ -212,11 +212,13 @@ static void put_run(struct output_buffer *b, const struct eval_questions *questi
     put_share(b, "same_as_reference", s->n_like_reference, s->n_reference);
     output_printf(b,
                   "\"n_reference\":%d,\"bytes_full\":%" PRId64 ",\"bytes_kept\":%" PRId64 ",\"kept_share\":%.9g,"
-                  "\"bytes_read_per_step\":%.9g,\"prompt_tokens\":%" PRId64 ",\"generated_tokens\":%" PRId64
-                  ",\"seconds\":%.3f,",
+                  "\"bytes_host\":%" PRId64 ",\"bytes_read_per_step\":%.9g,\"recall_bytes_per_step\":%.9g,"
+                  "\"recall_hit_rate\":%.9g,"
+                  "\"prompt_tokens\":%" PRId64 ",\"generated_tokens\":%" PRId64 ",\"seconds\":%.3f,",
                   s->n_reference, s->bytes_full, s->bytes_kept,
-                  s->bytes_full ? (double)s->bytes_kept / (double)s->bytes_full : 0.0, s->bytes_read_per_step,
-                  s->prompt_tokens, s->generated_tokens, run->seconds);
+                  s->bytes_full ? (double)s->bytes_kept / (double)s->bytes_full : 0.0, s->bytes_host,
+                  s->bytes_read_per_step, s->recall_bytes_per_step, s->recall_hit_rate, s->prompt_tokens,
+                  s->generated_tokens, run->seconds);
     put_subsets(b, questions, run, full);
     put_mismatches(b, questions, run);
     output_printf(b, "}");

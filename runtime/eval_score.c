@@ -219,10 +219,15 @@ void eval__score(const struct eval_questions *questions, struct eval_one_run *ru
         }
         s->bytes_full += a->bytes_full;
         s->bytes_kept += a->bytes_kept;
+        s->bytes_host += a->bytes_host;
         s->bytes_read_per_step += a->bytes_read_per_step;
+        s->recall_bytes_per_step += a->recall_bytes_per_step;
+        s->recall_hit_rate += a->recall_hit_rate;
         n_read += a->bytes_read_per_step > 0;
         s->prompt_tokens += a->prompt_tokens;
         s->generated_tokens += a->n_tokens;
     }
     if (n_read) s->bytes_read_per_step /= n_read;
+    if (n_read) s->recall_bytes_per_step /= n_read;
+    if (n_read) s->recall_hit_rate /= n_read;
 }

@@ -88,7 +88,9 @@ static void put_kv_cache(struct output_buffer *b, const struct completion *c)
     output_printf(b, ",\"budget\":%s%s%s,\"prompt_tokens\":%d,\"kept_tokens_per_layer\":[", quote,
                   kv_budget_print(c->budget, budget, sizeof budget), quote, c->prompt_tokens);
     for (int i = 0; i < c->n_layers; i++) output_printf(b, "%s%d", i ? "," : "", c->kept_tokens_per_layer[i]);
-    output_printf(b, "],\"bytes_full\":%" PRId64 ",\"bytes_kept\":%" PRId64 "}", c->bytes_full, c->bytes_kept);
+    output_printf(b, "],\"bytes_full\":%" PRId64 ",\"bytes_kept\":%" PRId64, c->bytes_full, c->bytes_kept);
+    if (c->bytes_host) output_printf(b, ",\"bytes_host\":%" PRId64, c->bytes_host);
+    output_printf(b, "}");
 }
 
 /* The text that a token adds: a decoder may drop the space before the first one, so it is decoded behind itself. */

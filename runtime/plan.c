@@ -83,12 +83,24 @@ static int choose_pages(struct resources *r, bool gpu, size_t available, size_t 
     return OK;
 }
 
+/* Pages of the pool in host memory: as configured, else all that can be used in a quarter of the free memory. */
+static int64_t choose_host_pages(const struct resources *r, size_t *available)
+{
+    const int local_ranks = r->comm->local_size > 0 ? r->comm->local_size : r->comm->size;
+    const int64_t page = (int64_t)resources_page_bytes(r), most = most_pages(r);
+    if (!resources_keeps_evicted(r)) return 0;
+    *available = plan_available_bytes() / 4 / (size_t)local_ranks;
+    const int64_t configured = r->config.kv_host_memory_bytes;
+    const int64_t fit = (configured ? configured : (int64_t)*available) / page;
+    return fit < most ? fit : most;
+}
+
 static int measure_arena(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages,
                          struct memory_plan *out)
 {
     struct arena arena;
     arena_measure(&arena);
-    TRY(resources_place(r, &arena, checkpoint, n_pages));
+    TRY(resources_place(r, &arena, checkpoint, n_pages, out->n_host_pages));
     out->arena_bytes = arena.used;
     for (int i = 0; i < arena.n_rows; i++) add_row(out, arena.row[i].label, arena.row[i].bytes);
     return OK;
@@ -110,13 +122,15 @@ static int measure_all(struct resources *r, const struct checkpoint *checkpoint,
         add_row(out, "decode graphs", ops_graph_bytes(r->ops, r->dims.n_layers));
         return OK;
     }
+    add_row(out, "evicted KV pages", out->host_bytes);
     if (r->comm->size > 1)
         add_row(out, "communicator", comm_scratch_bytes(r->comm->size, model_reduce_bytes(r->model)));
     add_row(out, "step messages", step_message_bytes(&step));
     return OK;
 }
 
-int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, struct memory_plan *out)
+int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, int64_t n_host_pages,
+                 struct memory_plan *out)
 {
     bool gpu;
     memset(out, 0, sizeof *out);
@@ -124,6 +138,9 @@ int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64
     out->lanes = r->kv.lanes_per_slot;
     TRY(find_available(r, &gpu, &out->available));
     if (r->gpu_memory) out->available = (size_t)((double)r->gpu_memory * r->config.gpu_memory_utilization);
+    const int64_t chosen = choose_host_pages(r, &out->host_available);
+    out->n_host_pages = n_host_pages ? n_host_pages : chosen;
+    out->host_bytes = (size_t)out->n_host_pages * out->page_bytes;
     if (!n_pages) {
         TRY(measure_all(r, checkpoint, 0, gpu, out));
         TRY(choose_pages(r, gpu, out->available, out->total, &n_pages));
@@ -135,12 +152,17 @@ int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64
 
 static double mib(size_t bytes) { return (double)bytes / 1048576.0; }
 
-/* Sequences of `tokens` in every layer that the pool holds at once, as the configured dtype stores them. */
+/* Sequences of `tokens` in every layer that a pool holds at once, in pages of so many. */
+static int64_t sequences_of(const struct memory_plan *plan, int64_t n_pages, int page_tokens, int tokens)
+{
+    int64_t pages = (int64_t)plan->lanes * ((tokens + page_tokens - 1) / page_tokens);
+    return pages ? n_pages / pages : 0;
+}
+
+/* Those of the KV pool, as the configured dtype stores them. */
 static int64_t sequences(const struct memory_plan *plan, const struct resources *r, int tokens)
 {
-    int page = kv_page_tokens(&r->kv, r->kv.format);
-    int64_t pages = (int64_t)plan->lanes * ((tokens + page - 1) / page);
-    return pages ? plan->n_pages / pages : 0;
+    return sequences_of(plan, plan->n_pages, kv_page_tokens(&r->kv, r->kv.format), tokens);
 }
 
 /* Tokens that the configured policy keeps of a prompt of max_model_len. */
@@ -166,6 +188,12 @@ void plan_print_table(const struct memory_plan *plan, const struct resources *r,
         fprintf(out, "; %" PRId64 " once %s has kept %d of them", sequences(plan, r, kept), r->config.kv_cache.policy,
                 kept);
     fputc('\n', out);
+    if (plan->host_bytes)
+        fprintf(out,
+                "  evicted tokens: %.1f MiB of host memory, %" PRId64 " pages hold %" PRId64
+                " sequences of %d tokens\n",
+                mib(plan->host_bytes), plan->n_host_pages,
+                sequences_of(plan, plan->n_host_pages, r->host.page_size, most), most);
 }
 
 static void print_json(const struct memory_plan *plan, const struct resources *r, FILE *out)
@@ -176,9 +204,11 @@ static void print_json(const struct memory_plan *plan, const struct resources *r
     fprintf(out,
             "}, \"total_bytes\": %zu, \"available_bytes\": %zu, \"kv_pages\": %" PRId64
             ", \"page_bytes\": %zu, \"lanes\": %d, "
-            "\"sequences_full\": %" PRId64 ", \"sequences_kept\": %" PRId64 "}",
+            "\"sequences_full\": %" PRId64 ", \"sequences_kept\": %" PRId64
+            ", \"host_bytes\": %zu, \"host_pages\": %" PRId64 "}",
             plan->total, plan->available, plan->n_pages, plan->page_bytes, plan->lanes,
-            sequences(plan, r, r->config.max_model_len), sequences(plan, r, kept_tokens(r)));
+            sequences(plan, r, r->config.max_model_len), sequences(plan, r, kept_tokens(r)), plan->host_bytes,
+            plan->n_host_pages);
 }
 
 /* What printing the plans of ranks needs; no rank is started, a comm is a mere pair of numbers. */
@@ -201,7 +231,7 @@ static int plan_rank(struct printing *p, int rank)
     struct memory_plan plan;
     int rc = resources_open(p->config, p->dims, p->ops, &comm, &r);
     if (p->config->device == CONFIG_DEVICE_CUDA) r.gpu_memory = p->memory;
-    if (!rc) rc = plan_measure(&r, p->checkpoint, p->out ? p->n_pages : 0, &plan);
+    if (!rc) rc = plan_measure(&r, p->checkpoint, p->out ? p->n_pages : 0, 0, &plan);
     if (!rc && !p->out && (!p->n_pages || plan.n_pages < p->n_pages)) p->n_pages = plan.n_pages;
     if (!rc && p->out) {
         if (p->memory && p->config->device != CONFIG_DEVICE_CUDA) plan.available = p->memory;

@@ -16,17 +16,21 @@ struct memory_plan {
         size_t bytes;
     } row[PLAN_MAX_ROWS];
     int n_rows;
-    size_t total;     /* of all rows */
-    size_t available; /* what this rank may take of the host's or its GPU's memory; 0: unknown */
-    int64_t n_pages;  /* of the KV pool */
+    size_t total;          /* of all rows */
+    size_t available;      /* what this rank may take of the host's or its GPU's memory; 0: unknown */
+    int64_t n_pages;       /* of the KV pool */
+    int64_t n_host_pages;  /* of the pool of evicted tokens */
+    size_t host_bytes;     /* of its pages: host memory, which on CPU is in `total` too */
+    size_t host_available; /* what this rank may take for it */
     size_t page_bytes;
     int lanes;          /* KV heads over all layers */
     size_t arena_bytes; /* device memory taken in one block: all rows but scratch, communicator and messages */
 };
 
 /* plan_measure - the plan of the rank whose comm and ops r was opened with. n_pages 0: from the configuration, the
- * smaller of max_num_seqs full sequences and the memory that is left (kv_cache_memory_bytes if set). */
-int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages,
+ * smaller of max_num_seqs full sequences and the memory that is left (kv_cache_memory_bytes if set); n_host_pages 0:
+ * the same for evicted tokens, none where they are freed. */
+int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64_t n_pages, int64_t n_host_pages,
                  struct memory_plan *out) MUST_CHECK;
 
 /* plan_step_limits - sizes of the step message for this configuration. */

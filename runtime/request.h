@@ -64,7 +64,11 @@ struct completion {
     const int *kept_tokens_per_layer; /* [n_layers] */
     int n_layers;
     int64_t bytes_full, bytes_kept;
-    double bytes_read_per_step; /* what attention reads of the cache in a decode step, mean; 0 without such a step */
+    int64_t bytes_host;           /* of the prompt's tokens that went to host memory */
+    double bytes_read_per_step;   /* what attention reads of the cache in a decode step, mean; 0 without such a step */
+    double recall_bytes_per_step; /* those of them that come over the bus from host memory */
+    double recall_hit_rate;       /* of the tokens in host memory that steps attended to: share found on the device (of
+                                     rank 0's heads) */
     double queue_seconds, first_token_seconds, total_seconds; /* since submission */
     /* Log-probabilities, if asked for: per generated token 1 + n_logprobs pairs, the chosen one first. */
     const float *logprob;

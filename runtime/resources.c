@@ -30,6 +30,8 @@ int64_t resources_token_bytes(const struct model_dims *dims, enum dtype dtype)
     return 2 * (int64_t)dims->n_layers * dims->n_kv_heads * dims->head_dim * (int64_t)dtype_size(dtype);
 }
 
+bool resources_keeps_evicted(const struct resources *r) { return r->config.kv_cache.evicted == KV_EVICTED_HOST; }
+
 int resources_max_images(const struct config *config, const struct model_dims *dims)
 {
     return dims->family == MODEL_LLAVA ? config->max_num_batched_tokens / dims->vision.n_image_tokens : 0;
@@ -117,6 +119,8 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
     r->kv.pool.dtype = ops->dtype;
     r->quantises =
         r->kv.format != KV_PLAIN || strstr(config->other_dtypes, "fp8") || strstr(config->other_dtypes, "int8");
+    r->host = r->kv;
+    r->host.format = KV_PLAIN;
     return OK;
 }
 
@@ -132,6 +136,7 @@ static struct policy_env policy_env(const struct resources *r)
     return (struct policy_env){.ops = r->ops,
                                .comm = r->comm,
                                .kv = &r->kv,
+                               .host = resources_keeps_evicted(r) ? &r->host : NULL,
                                .layers = model_layers(r->model),
                                .n_layers = r->dims.n_layers,
                                .inverse_frequency = model_inverse_frequency(r->model),
@@ -198,6 +203,23 @@ static int place_kv(struct resources *r, struct arena *arena, int64_t n_pages)
                         "KV pages", &kv->pool);
 }
 
+/* The same tables for pages that lie elsewhere. An error there is one of the cache. */
+static int place_host(struct resources *r, struct arena *arena, int64_t n_pages)
+{
+    struct kv_view *host = &r->host;
+    const size_t lanes = (size_t)host->n_slots * (size_t)host->lanes_per_slot;
+    host->n_pages = (int)n_pages;
+    host->pool = tensor_3d(host->pool.data, r->ops->dtype, n_pages, 2 * (int64_t)host->page_size, host->head_dim);
+    host->error = r->kv.error;
+    if (!resources_keeps_evicted(r)) return OK;
+    TRY(arena_take(arena, lanes * (size_t)host->max_pages * sizeof(int32_t), tables_label, &host->page_row));
+    TRY(arena_take(arena, lanes * sizeof(int32_t), tables_label, &host->lane_len));
+    TRY(arena_take(arena, (size_t)n_pages * sizeof(int32_t), tables_label, &host->free_stack));
+    return arena_take(arena, sizeof(int32_t), tables_label, &host->free_count);
+}
+
+void resources_use_host(struct resources *r, void *memory) { r->host.pool.data = memory; }
+
 static int place_sampling(struct resources *r, struct arena *arena)
 {
     struct sampling_state *s = &r->sampling;
@@ -215,19 +237,25 @@ static int place_sampling(struct resources *r, struct arena *arena)
     TRY(arena_take(arena, slots * MAX_FORCED * sizeof *s->forced, label, &s->forced));
     TRY(arena_take(arena, 2 * (slots + 1) * sizeof *r->tokens, label, &r->tokens));
     TRY(arena_take(arena, 2 * pairs * sizeof *r->logprob, label, &r->logprob));
+    if (resources_keeps_evicted(r))
+        TRY(arena_take(arena, 4 * slots * sizeof *r->recall_counts, label, &r->recall_counts));
     return arena_take(arena, 2 * pairs * sizeof *r->logprob_token, label, &r->logprob_token);
 }
 
-int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint, int64_t n_pages)
+int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint, int64_t n_pages,
+                    int64_t n_host_pages)
 {
     TRY(model_place(r->model, arena, checkpoint));
     TRY(place_sampling(r, arena));
-    if (n_pages > INT32_MAX)
-        FAIL(ERR_CONFIG, "kv_cache_memory_bytes: %lld pages, at most %d are served", (long long)n_pages, INT32_MAX);
+    if (n_pages > INT32_MAX || n_host_pages > INT32_MAX)
+        FAIL(ERR_CONFIG,
+             "kv_cache_memory_bytes, kv_cache.host_memory_bytes: %lld and %lld pages, at most %d are served",
+             (long long)n_pages, (long long)n_host_pages, INT32_MAX);
     r->kv.n_pages = (int)n_pages; /* a policy may keep something for each */
     TRY(measure_policies(r));
     TRY(arena_take(arena, r->policy_bytes, "policy state", &r->policy_memory));
-    return place_kv(r, arena, n_pages);
+    TRY(place_kv(r, arena, n_pages));
+    return place_host(r, arena, n_host_pages);
 }
 
 int resources_check_policy(const struct resources *r, const struct policy_config *config)
@@ -243,7 +271,7 @@ int resources_set_policy(struct resources *r, const struct policy_config *config
     struct arena arena;
     TRY(resources_check_policy(r, config));
     struct policy_env env = policy_env(r);
-    bool warm = r->policy.vt != NULL, hooked = warm && r->policy.vt->decode_attention;
+    bool warm = r->policy.vt != NULL, hooked = warm && policy_decoder(&r->policy)->vt->decode_attention;
     int n_buckets;
     const enum kv_format format = kv_dtype_format(config->dtype);
     bool other_format = r->kv.format != format;
@@ -252,7 +280,7 @@ int resources_set_policy(struct resources *r, const struct policy_config *config
     r->config.kv_cache = *config;
     r->kv.format = format; /* of lanes to come; others know how they are stored */
     TRY(policy_open(&r->policy, config, &env, &arena));
-    if (!warm || !(hooked || r->policy.vt->decode_attention || other_format)) return OK;
+    if (!warm || !(hooked || policy_decoder(&r->policy)->vt->decode_attention || other_format)) return OK;
     /* The ops of a policy that has some in decode steps, and the format that others read, were recorded with them. */
     ops_forget_steps(r->ops);
     return model_warm(r->model, &r->kv, &r->policy, &r->sampling, &n_buckets);
@@ -262,5 +290,6 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint, const st
 {
     TRY(model_load(r->model, checkpoint, r->config.seed, progress));
     TRY(ops_kv_reset(r->ops, &r->kv));
+    if (resources_keeps_evicted(r)) TRY(ops_kv_reset(r->ops, &r->host));
     return resources_set_policy(r, &r->config.kv_cache);
 }

@@ -16,6 +16,7 @@ struct resources {
     struct comm *comm;
     struct model *model;
     struct kv_view kv;
+    struct kv_view host; /* evicted tokens: pages in host memory, tables on the device; none: n_pages 0 */
     struct sampling_state sampling;
     struct policy policy;
     char *policy_memory; /* holds the state of the greediest policy, so that eval can change policies */
@@ -26,6 +27,7 @@ struct resources {
     int32_t *tokens;        /* [2, n_slots + 1]: next_token of all slots, then the cache's error word */
     float *logprob;         /* [2, n_slots, 1 + MAX_LOGPROBS] */
     int32_t *logprob_token; /* [2, n_slots, 1 + MAX_LOGPROBS] */
+    int64_t *recall_counts; /* [2, n_slots, 2] of policy_recall_counts, where evicted tokens stay in host memory */
 };
 
 /* resources_use_dtype - settles the activations' dtype by the config's, else the checkpoint's. Before resources_open.
@@ -38,9 +40,11 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
                    struct resources *r) MUST_CHECK;
 void resources_close(struct resources *r);
 
-/* resources_place - takes (or measures) everything, with a pool of n_pages pages. */
-int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint,
-                    int64_t n_pages) MUST_CHECK;
+/* resources_place - takes (or measures) everything, with a pool of n_pages pages and one of n_host_pages in host
+ * memory, whose pages alone are not the arena's: resources_use_host says where they are. */
+int resources_place(struct resources *r, struct arena *arena, const struct checkpoint *checkpoint, int64_t n_pages,
+                    int64_t n_host_pages) MUST_CHECK;
+void resources_use_host(struct resources *r, void *memory);
 
 /* resources_check_policy - ERR_CONFIG where a policy cannot be set: see policy_check; an 8-bit dtype that no room was
  * made for. resources_set_policy - opens a policy in the memory set aside, and the cache's dtype with it; closes the
@@ -55,6 +59,7 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint,
 /* Derived numbers. */
 /* resources_policy_page_bytes - what the policies' state takes with each page of the pool, at most. */
 int resources_policy_page_bytes(struct resources *r, size_t *bytes) MUST_CHECK;
+bool resources_keeps_evicted(const struct resources *r);       /* in host memory */
 size_t resources_page_bytes(const struct resources *r);        /* one page of the pool */
 size_t resources_scale_bytes(const struct resources *r);       /* the scales of its tokens; 0: none are needed */
 int64_t resources_kept_token_bytes(const struct resources *r); /* as resources_token_bytes, once the prompt has ended */

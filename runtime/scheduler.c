@@ -24,7 +24,7 @@ struct pending {
 struct scheduler {
     const struct config *config;
     const struct model_dims *dims;
-    struct pages *pages;
+    struct pages *pages, *host_pages;
     size_t image_bytes;
     struct sequence_facts facts;
     const struct tokenizer *tokenizer;
@@ -41,6 +41,7 @@ struct scheduler {
     struct step_chunk *chunk;   /* [n_slots] */
     struct sequence **chunk_of; /* [n_slots] whose they are */
     int room, columns;          /* prompt tokens and score columns left */
+    int *gone;                  /* [n_layers] evicted tokens of the prompt at hand */
 };
 
 /* ---- opening ---- */
@@ -53,7 +54,8 @@ static int allocate(struct scheduler *s)
     s->prefilling = calloc(n, sizeof *s->prefilling);
     s->chunk = calloc(n, sizeof *s->chunk);
     s->chunk_of = calloc(n, sizeof *s->chunk_of);
-    bool complete = s->slots && s->queue && s->prefilling && s->chunk && s->chunk_of;
+    s->gone = calloc((size_t)s->dims->n_layers, sizeof *s->gone);
+    bool complete = s->slots && s->queue && s->prefilling && s->chunk && s->chunk_of && s->gone;
     for (int i = 0; i < PENDING_STEPS; i++)
         if (!(s->pending[i].sampled = calloc(2 * n, sizeof *s->pending[i].sampled))) complete = false;
     for (size_t i = 0; complete && i < n; i++)
@@ -70,6 +72,7 @@ int scheduler_open(const struct scheduler_options *options, struct scheduler **o
     s->config = options->config;
     s->dims = options->dims;
     s->pages = options->pages;
+    s->host_pages = options->host_pages;
     s->image_bytes = options->image_bytes;
     s->n_slots = s->config->max_num_seqs;
     s->next_step = s->next_serial = 1;
@@ -91,11 +94,13 @@ void scheduler_close(struct scheduler *s)
     for (int i = 0; s->queue && i < s->config->max_queued; i++) sequence_clear(&s->queue[i]);
     for (int i = 0; i < PENDING_STEPS; i++) free(s->pending[i].sampled);
     pages_close(s->pages);
+    pages_close(s->host_pages);
     free(s->slots);
     free(s->queue);
     free(s->prefilling);
     free(s->chunk);
     free(s->chunk_of);
+    free(s->gone);
     free(s);
 }
 
@@ -131,6 +136,12 @@ static int tokens_behind(const struct request *r)
     return r->max_tokens + (r->n_followup ? r->n_followup + r->followup_max_tokens : 0);
 }
 
+/* Tokens of its prompt that may go to host memory, in a layer. */
+static int tokens_evicted(const struct scheduler *s, const struct request *r)
+{
+    return s->host_pages ? policy_host_tokens(s->facts.policy, r->budget, r->n_ids) : 0;
+}
+
 static int check_request(const struct scheduler *s, const struct request *r, int judging)
 {
     const struct config *c = s->config;
@@ -156,6 +167,9 @@ static int check_request(const struct scheduler *s, const struct request *r, int
     if (!pages_fits(s->pages, r->n_ids + tokens_behind(r)))
         FAIL(ERR_REQUEST, "prompt of %d tokens and max_tokens %d do not fit the KV pool; raise kv_cache_memory_bytes",
              r->n_ids, r->max_tokens);
+    if (s->host_pages && !pages_fits(s->host_pages, tokens_evicted(s, r)))
+        FAIL(ERR_REQUEST,
+             "prompt of %d tokens does not fit the pool of evicted tokens; raise kv_cache.host_memory_bytes", r->n_ids);
     if (!chunk_possible(r->n_ids, c->max_num_batched_tokens, r->spans, r->n_images, judging))
         FAIL(ERR_REQUEST,
              "prompt of %d tokens cannot be cut into chunks of max_num_batched_tokens %d: its last %d tokens judge the "
@@ -180,6 +194,14 @@ int scheduler_submit(struct scheduler *s, struct request *request, struct sink s
     return OK;
 }
 
+static bool reserve_pages(struct scheduler *s, int slot, const struct request *r)
+{
+    if (!pages_reserve(s->pages, slot, r->n_ids + tokens_behind(r))) return false;
+    if (!s->host_pages || pages_reserve(s->host_pages, slot, tokens_evicted(s, r))) return true;
+    pages_release(s->pages, slot);
+    return false;
+}
+
 /* Moves the oldest queued request into a slot, if one is free and its pages are there; first come, first served. */
 static bool admit(struct scheduler *s)
 {
@@ -187,8 +209,7 @@ static bool admit(struct scheduler *s)
     struct sequence *q = &s->queue[s->queue_first];
     if (!s->n_queued) return false;
     while (slot < s->n_slots && s->slots[slot].state != SEQUENCE_FREE) slot++;
-    if (slot == s->n_slots || !pages_reserve(s->pages, slot, q->request.n_ids + tokens_behind(&q->request)))
-        return false;
+    if (slot == s->n_slots || !reserve_pages(s, slot, &q->request)) return false;
     struct sequence *seq = &s->slots[slot];
     int *kept = seq->kept;
     *seq = *q;
@@ -322,6 +343,7 @@ static void release_done(struct scheduler *s)
     for (int i = 0; i < s->n_slots; i++) {
         if (s->slots[i].state != SEQUENCE_DONE) continue;
         pages_release(s->pages, i);
+        if (s->host_pages) pages_release(s->host_pages, i);
         s->head.n_release++;
     }
 }
@@ -382,6 +404,9 @@ void scheduler_prompt_ended(struct scheduler *s, int slot, const int *kept)
     memcpy(seq->kept, kept, (size_t)s->dims->n_layers * sizeof *kept);
     bool uneven = s->config->kv_cache.heads == KV_HEADS_ADAPTIVE;
     pages_resize(s->pages, slot, kept, tokens_behind(&seq->request), uneven);
+    if (!s->host_pages) return;
+    for (int l = 0; l < s->dims->n_layers; l++) s->gone[l] = seq->request.n_ids - kept[l];
+    pages_resize(s->host_pages, slot, s->gone, 0, uneven);
 }
 
 /* ---- results ---- */
@@ -408,6 +433,8 @@ int scheduler_collect(struct scheduler *s, const struct step_results *results)
         struct sequence *seq = &s->slots[first.sampled[i].slot];
         size_t at = (size_t)first.sampled[i].slot * width;
         if (seq->serial != first.sampled[i].serial || seq->state != SEQUENCE_RUNNING) continue; /* a surplus token */
+        if (results->recall_counts)
+            memcpy(seq->recall_counts, results->recall_counts + 2 * seq->slot, sizeof seq->recall_counts);
         TRY(sequence_push(seq, &s->facts, results->token[first.sampled[i].slot],
                           results->logprob ? results->logprob + at : NULL,
                           results->logprob_token ? results->logprob_token + at : NULL));

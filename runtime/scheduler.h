@@ -21,8 +21,9 @@ struct scheduler;
 struct scheduler_options {
     const struct config *config; /* limits resolved; must outlive the scheduler, as must dims */
     const struct model_dims *dims;
-    struct pages *pages; /* taken */
-    int64_t token_bytes; /* K and V of one token over all layers and ranks */
+    struct pages *pages;      /* taken */
+    struct pages *host_pages; /* of evicted tokens, taken; NULL: they are freed */
+    int64_t token_bytes;      /* K and V of one token over all layers and ranks */
     size_t image_bytes;
 };
 
@@ -51,6 +52,7 @@ struct step_results {
     const int32_t *token;
     const float *logprob;
     const int32_t *logprob_token;
+    const int64_t *recall_counts; /* [n_slots, 2] of policy_recall_counts; NULL: nothing is recalled */
 };
 int scheduler_collect(struct scheduler *s, const struct step_results *results) MUST_CHECK;
 

@@ -133,28 +133,47 @@ static int64_t kept_bytes(const struct sequence *seq, const struct sequence_fact
     return tokens * facts->kept_token_bytes / facts->n_layers;
 }
 
-/* Bytes of the cache that attention reads in the decode step that makes token `i` (from 1), by the policy's count. */
-static double step_bytes(const struct sequence *seq, const struct sequence_facts *facts, int i)
+/* What of a prompt went to host memory. */
+static int64_t host_bytes(const struct sequence *seq, const struct sequence_facts *facts)
+{
+    const struct request *r = &seq->request;
+    const int m = r->n_ids - (seq->turn ? seq->n_behind : 0);
+    int64_t tokens = 0;
+    if (!policy_host_tokens(facts->policy, r->budget, m)) return 0;
+    for (int l = 0; l < facts->n_layers; l++) tokens += m - seq->kept[l];
+    return tokens * facts->token_bytes / facts->n_layers;
+}
+
+/* What attention reads of the cache in the decode step that makes token `i` (from 1), by the policy's count. */
+static struct policy_reads step_reads(const struct sequence *seq, const struct sequence_facts *facts, int i)
 {
     const struct policy_sequence asked = {.prompt_tokens = seq->request.n_ids, .budget = seq->request.budget};
     double kept = 0;
     for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
-    struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i - 1);
-    return reads.tokens * (double)facts->kept_token_bytes + (double)reads.beside_bytes;
+    return policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i - 1);
 }
 
-static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts)
+/* Mean bytes of a decode step, and those of them from host memory. */
+static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts, double *recalled)
 {
     double sum = 0;
+    *recalled = 0;
     if (!seq->kept || seq->n_tokens < 2) return 0;
-    for (int i = 1; i < seq->n_tokens; i++) sum += step_bytes(seq, facts, i);
+    for (int i = 1; i < seq->n_tokens; i++) {
+        const struct policy_reads reads = step_reads(seq, facts, i);
+        sum += reads.tokens * (double)facts->kept_token_bytes + (double)reads.beside_bytes;
+        *recalled += reads.recalled * (double)facts->token_bytes;
+    }
+    *recalled /= seq->n_tokens - 1;
     return sum / (seq->n_tokens - 1);
 }
 
 int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, enum finish_reason reason)
 {
     const struct request *r = &seq->request;
-    double now = clock_seconds();
+    double now = clock_seconds(), recalled, read = read_per_step(seq, facts, &recalled);
+    const int64_t *counts = seq->recall_counts;
+    const double hit_rate = counts[0] ? (double)counts[1] / (double)counts[0] : 0;
     if (reason == FINISH_LENGTH) TRY(text_stream_finish(&seq->stream));
     if (reason != FINISH_ABORT) show(seq, true);
     struct completion done = {.text = seq->stream.text,
@@ -171,7 +190,10 @@ int sequence_complete(struct sequence *seq, const struct sequence_facts *facts, 
                               .n_layers = seq->kept ? facts->n_layers : 0,
                               .bytes_full = facts->token_bytes * r->n_ids,
                               .bytes_kept = seq->kept ? kept_bytes(seq, facts) : 0,
-                              .bytes_read_per_step = read_per_step(seq, facts),
+                              .bytes_host = seq->kept ? host_bytes(seq, facts) : 0,
+                              .bytes_read_per_step = read,
+                              .recall_bytes_per_step = recalled * (1 - hit_rate),
+                              .recall_hit_rate = hit_rate,
                               .queue_seconds = (seq->admitted_at > 0 ? seq->admitted_at : now) - seq->submitted_at,
                               .first_token_seconds = seq->n_tokens ? seq->first_token_at - seq->submitted_at : 0,
                               .total_seconds = now - seq->submitted_at,

@@ -31,7 +31,8 @@ struct sequence {
     int n_tokens;
     float *logprob; /* [max_tokens, 1 + n_logprobs], NULL if not wanted */
     int32_t *logprob_token;
-    int *kept; /* [n_layers] tokens kept in each lane of a layer; the slot's, set after the prompt */
+    int *kept;                /* [n_layers] tokens kept in each lane of a layer; the slot's, set after the prompt */
+    int64_t recall_counts[2]; /* of this rank's lanes so far, as policy_recall_counts has them */
     double submitted_at, admitted_at, first_token_at;
 };
 

@@ -95,6 +95,8 @@ static inline struct config service_config(const char *model, const char *const 
     }
     for (int i = 0; preset[i]; i += 2) DEMAND(config_set(&c, preset[i], preset[i + 1], "test"));
     for (int i = 0; settings && settings[i]; i += 2) DEMAND(config_set(&c, settings[i], settings[i + 1], "test"));
+    if (c.kv_cache.evicted == KV_EVICTED_HOST) /* not every policy's evicted tokens are recalled */
+        snprintf(c.other_policies, sizeof c.other_policies, "full,vl_cache,snapkv,streaming_llm,cluster_kv");
     return c;
 }
 
@@ -153,8 +155,8 @@ struct answer {
     char *text, *shown; /* of the completion; of all on_text calls */
     size_t text_size, shown_size;
     enum finish_reason reason;
-    int64_t bytes_full, bytes_kept;
-    double bytes_read_per_step;
+    int64_t bytes_full, bytes_kept, bytes_host;
+    double bytes_read_per_step, recall_bytes_per_step, recall_hit_rate;
     float *logprob;
     int32_t *logprob_token;
 };
@@ -194,6 +196,9 @@ static inline void answer_done(void *arg, const struct completion *c)
     a->bytes_full = c->bytes_full;
     a->bytes_kept = c->bytes_kept;
     a->bytes_read_per_step = c->bytes_read_per_step;
+    a->bytes_host = c->bytes_host;
+    a->recall_bytes_per_step = c->recall_bytes_per_step;
+    a->recall_hit_rate = c->recall_hit_rate;
     a->n_logprobs = c->n_logprobs;
     if (!c->n_logprobs) return;
     a->logprob = copy_of(c->logprob, pairs * sizeof *c->logprob);

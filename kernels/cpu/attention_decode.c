@@ -47,11 +47,12 @@ static void fetch_ahead(const float *row, int64_t n)
 /* The queries of a group over one lane, and where a thread's scores stand. */
 struct attend {
     const struct vector_ops *vector;
-    const struct kv_view *kv;
-    const float *q;       /* [group, head_dim] */
-    float *score;         /* [group, CHUNK] */
-    float *wide;          /* [WIDENED, head_dim] */
-    const int32_t *entry; /* the entries to attend to; NULL: all, in their order */
+    const struct kv_view *kv, *host; /* host: where negative entries lie, plain */
+    const float *recent;             /* the lane's first page of recent tokens, plain */
+    const float *q;                  /* [group, head_dim] */
+    float *score;                    /* [group, CHUNK] */
+    float *wide;                     /* [WIDENED, head_dim] */
+    const int32_t *entry;            /* the entries to attend to; NULL: all, in their order */
     enum kv_format format;
     int lane, group;
     float scale;
@@ -66,12 +67,32 @@ static int run_length(const struct attend *a, int at, int end)
     return cpu__min(cpu__min(lane__code_tokens(a->kv) - at % lane__code_tokens(a->kv), end - at), WIDENED);
 }
 
+/* Key or value of a token of a plain lane, wherever it lies. */
+static const float *plain_row(const struct attend *a, int at, bool value)
+{
+    const int entry = a->entry ? a->entry[at] : at, size = a->kv->page_size;
+    const int64_t from_key = value ? (int64_t)size * a->kv->head_dim : 0; /* alike in all of them */
+    if (entry < 0) return lane__key(a->host, a->lane, ~entry) + from_key;
+    if (entry < RECENT_ENTRY) return lane__key(a->kv, a->lane, entry) + from_key;
+    const int place = entry - RECENT_ENTRY;
+    return a->recent + ((int64_t)(place / size) * 2 * size + place % size) * a->kv->head_dim + from_key;
+}
+
+/* Where a lane's recent tokens begin; NULL: nowhere. */
+static const float *recent_of(const struct kv_view *kv, const struct kv_list *list, int lane)
+{
+    if (!list || !list->recent) return NULL;
+    const struct kv_recent *r = list->recent;
+    const int slot = lane / kv->lanes_per_slot, row = slot * r->n_lanes + lane % kv->lanes_per_slot - r->first_lane;
+    return (const float *)r->pool.data + (int64_t)row * (r->capacity / kv->page_size) * r->pool.stride[0];
+}
+
 /* The keys or values of the run of n tokens at `at`, and its tokens' scales; NULL: they have none. */
 static const float *read_run(const struct attend *a, int at, int n, bool values, const float **scale)
 {
-    const int token = a->entry ? a->entry[at] : at;
     *scale = NULL;
-    if (a->format == KV_PLAIN) return values ? lane__value(a->kv, a->lane, token) : lane__key(a->kv, a->lane, token);
+    if (a->format == KV_PLAIN) return plain_row(a, at, values);
+    const int token = a->entry ? a->entry[at] : at;
     *scale = values ? lane__value_scale(a->kv, a->lane, token) : lane__key_scale(a->kv, a->lane, token);
     a->vector->widen_codes(a->wide,
                            values ? lane__value_codes(a->kv, a->lane, token) : lane__key_codes(a->kv, a->lane, token),
@@ -83,9 +104,7 @@ static const float *read_run(const struct attend *a, int at, int n, bool values,
 static void fetch_run(const struct attend *a, int at, int end, bool values)
 {
     if (at >= end || a->format != KV_PLAIN) return;
-    const int token = a->entry ? a->entry[at] : at;
-    fetch_ahead(values ? lane__value(a->kv, a->lane, token) : lane__key(a->kv, a->lane, token),
-                (int64_t)run_length(a, at, end) * a->kv->head_dim);
+    fetch_ahead(plain_row(a, at, values), (int64_t)run_length(a, at, end) * a->kv->head_dim);
 }
 
 /* Scores, or weights of values, of n tokens times the tokens' scales. */
@@ -192,6 +211,8 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, float
             int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
             const struct attend a = {.vector = c->vector,
                                      .kv = kv,
+                                     .host = list ? list->host : NULL,
+                                     .recent = recent_of(kv, list, lane),
                                      .q = cpu__row(q, sequence) + (int64_t)kv_head * group * dim,
                                      .score = score,
                                      .wide = wide,

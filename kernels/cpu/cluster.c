@@ -43,17 +43,24 @@ struct lane_job {
     const struct vector_ops *vector;
     const struct kv_view *kv;
     const struct cluster_job *job;
-    int lane;
+    int lane, n_entries, n_clusters;
+    const int32_t *index;
     float *centroid; /* [n_clusters, head_dim] */
     int32_t *size, *entry;
     struct work work;
 };
 
+/* The key of the job's i-th entry. */
+static const float *key_of(const struct lane_job *a, int i)
+{
+    return lane__key(a->kv, a->lane, a->index ? a->index[i] : a->job->first_entry + i);
+}
+
 /* The centres at length 1; a zero vector stays one. In double: equal directions get equal bits. */
 static void find_units(const struct lane_job *a)
 {
     const int dim = a->kv->head_dim;
-    for (int c = 0; c < a->job->n_clusters; c++) {
+    for (int c = 0; c < a->n_clusters; c++) {
         const float *centre = a->centroid + (int64_t)c * dim;
         double square = 0;
         for (int i = 0; i < dim; i++) square += (double)centre[i] * (double)centre[i];
@@ -66,13 +73,12 @@ static void find_units(const struct lane_job *a)
 /* Gives each key the label of the nearest centre; whether any label is new. A key's length changes no order. */
 static bool assign(const struct lane_job *a)
 {
-    const int dim = a->kv->head_dim, n_clusters = a->job->n_clusters;
+    const int dim = a->kv->head_dim, n_clusters = a->n_clusters;
     float *score = a->work.score;
     bool changed = false;
     find_units(a);
-    for (int i = 0; i < a->job->n_entries; i++) {
-        a->vector->score_keys(score, lane__key(a->kv, a->lane, a->job->first_entry + i), a->work.unit, n_clusters, dim,
-                              1);
+    for (int i = 0; i < a->n_entries; i++) {
+        a->vector->score_keys(score, key_of(a, i), a->work.unit, n_clusters, dim, 1);
         int best = 0;
         for (int c = 1; c < n_clusters; c++) best = score[c] > score[best] ? c : best;
         changed = changed || best != a->work.label[i];
@@ -83,8 +89,8 @@ static bool assign(const struct lane_job *a)
 
 static void count_sizes(const struct lane_job *a)
 {
-    memset(a->size, 0, (size_t)a->job->n_clusters * sizeof *a->size);
-    for (int i = 0; i < a->job->n_entries; i++) a->size[a->work.label[i]]++;
+    memset(a->size, 0, (size_t)a->n_clusters * sizeof *a->size);
+    for (int i = 0; i < a->n_entries; i++) a->size[a->work.label[i]]++;
 }
 
 /* Centres become the means of their keys. */
@@ -92,12 +98,11 @@ static void find_means(const struct lane_job *a)
 {
     const int dim = a->kv->head_dim;
     count_sizes(a);
-    for (int c = 0; c < a->job->n_clusters; c++)
+    for (int c = 0; c < a->n_clusters; c++)
         if (a->size[c]) memset(a->centroid + (int64_t)c * dim, 0, (size_t)dim * sizeof *a->centroid);
-    for (int i = 0; i < a->job->n_entries; i++)
-        a->vector->add_scaled(a->centroid + (int64_t)a->work.label[i] * dim,
-                              lane__key(a->kv, a->lane, a->job->first_entry + i), 1, dim);
-    for (int c = 0; c < a->job->n_clusters; c++)
+    for (int i = 0; i < a->n_entries; i++)
+        a->vector->add_scaled(a->centroid + (int64_t)a->work.label[i] * dim, key_of(a, i), 1, dim);
+    for (int c = 0; c < a->n_clusters; c++)
         for (int i = 0; i < dim && a->size[c]; i++) a->centroid[(int64_t)c * dim + i] /= (float)a->size[c];
 }
 
@@ -106,16 +111,32 @@ static void cluster_lane(const struct lane_job *a, const int32_t *centre)
     const struct cluster_job *job = a->job;
     const int dim = a->kv->head_dim;
     bool changed = true;
-    for (int i = 0; i < job->n_entries; i++) a->work.label[i] = -1;
-    for (int c = 0; c < job->n_clusters; c++)
-        memcpy(a->centroid + (int64_t)c * dim, lane__key(a->kv, a->lane, job->first_entry + centre[c]),
-               (size_t)dim * sizeof *a->centroid);
+    for (int i = 0; i < a->n_entries; i++) a->work.label[i] = -1;
+    for (int c = 0; c < a->n_clusters; c++)
+        memcpy(a->centroid + (int64_t)c * dim, key_of(a, centre[c]), (size_t)dim * sizeof *a->centroid);
     /* Labels that stay make the same centres, and those the same labels: nothing more would happen. */
     for (int i = 0; i < job->iterations && (changed = assign(a)); i++) find_means(a);
     if (changed) assign(a);
     count_sizes(a);
-    for (int c = 0, place = 0; c < job->n_clusters; place += a->size[c++]) a->work.place[c] = place;
-    for (int i = 0; i < job->n_entries; i++) a->entry[a->work.place[a->work.label[i]]++] = job->first_entry + i;
+    for (int c = 0, place = 0; c < a->n_clusters; place += a->size[c++]) a->work.place[c] = place;
+    for (int i = 0; i < a->n_entries; i++)
+        a->entry[a->work.place[a->work.label[i]]++] = a->index ? ~i : job->first_entry + i;
+}
+
+static int check_job(const struct kv_view *kv, const struct kv_clusters *clusters, const struct cluster_job *job, int i)
+{
+    const int lane = job->slot * kv->lanes_per_slot + clusters->first_lane + i, length = kv->lane_len[lane];
+    const struct cluster_count n = job->index ? job->count[i] : (struct cluster_count){job->n_entries, job->n_clusters};
+    if (n.n_entries < 0 || n.n_entries > job->n_entries || n.n_clusters > job->n_clusters ||
+        n.n_clusters > n.n_entries || (n.n_entries > 0 && n.n_clusters < 1))
+        FAIL(ERR_ARG, "ops_cluster_keys: lane %d, %d entries in %d clusters, expected up to %d in up to %d", lane,
+             n.n_entries, n.n_clusters, job->n_entries, job->n_clusters);
+    const int needed = !job->index   ? job->first_entry + job->n_entries
+                       : n.n_entries ? job->index[(int64_t)i * job->index_stride + n.n_entries - 1] + 1
+                                     : 0;
+    if (length < needed)
+        FAIL(ERR_ARG, "ops_cluster_keys: lane %d holds %d entries, %d are to be clustered", lane, length, needed);
+    return OK;
 }
 
 int cpu__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
@@ -124,12 +145,7 @@ int cpu__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_c
     const struct cpu *c = cpu__of(o);
     const int dim = kv->head_dim;
     const size_t bytes = cpu__cluster_bytes(o, clusters->n_lanes, dim, clusters->max_entries, clusters->max_clusters);
-    for (int i = 0; i < clusters->n_lanes; i++) {
-        const int lane = job->slot * kv->lanes_per_slot + clusters->first_lane + i;
-        if (kv->lane_len[lane] < job->first_entry + job->n_entries)
-            FAIL(ERR_ARG, "ops_cluster_keys: lane %d holds %d entries, %d are to be clustered", lane,
-                 kv->lane_len[lane], job->first_entry + job->n_entries);
-    }
+    for (int i = 0; i < clusters->n_lanes; i++) TRY(check_job(kv, clusters, job, i));
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c->n_threads) reduction(| : failed)
     for (int i = 0; i < clusters->n_lanes; i++) {
@@ -141,6 +157,9 @@ int cpu__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_c
                              .lane = job->slot * kv->lanes_per_slot + clusters->first_lane + i,
                              .centroid = cpu__row(clusters->centroid, row) + (int64_t)job->first_cluster * dim,
                              .size = clusters->size + first + job->first_cluster,
+                             .n_entries = job->index ? job->count[i].n_entries : job->n_entries,
+                             .n_clusters = job->index ? job->count[i].n_clusters : job->n_clusters,
+                             .index = job->index ? job->index + (int64_t)i * job->index_stride : NULL,
                              .entry = clusters->entry + row * clusters->max_entries + job->first_place};
         const size_t share = bytes / (size_t)c->n_threads;
         arena_init(&arena, (char *)clusters->work + share * (size_t)omp_get_thread_num(), share);
@@ -190,7 +209,8 @@ static int list_entries(const struct cluster_state *s, const struct kv_clusters 
 {
     const int32_t *size = clusters->size + row * clusters->max_clusters;
     const int32_t *entry = clusters->entry + row * clusters->max_entries;
-    int n = 0, start[MOST_CLUSTERS], left = s->budget;
+    const int clustered = s->end - s->first + s->n_host;
+    int n = 0, start[MOST_CLUSTERS], left = cpu__min(s->budget, clustered);
     for (int c = 0, at = 0; c < s->n_clusters; at += size[c++]) start[c] = at;
     for (int i = 0; i < s->first; i++) out[n++] = i;
     for (int i = 0; i < s->n_clusters && left > 0; i++) {
@@ -214,12 +234,13 @@ int cpu__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stri
         const int slot = batch->slot[item / n_kv], lane = heads->lane + item % n_kv;
         count[item] = 0;
         if (slot < 0 || slot >= kv->n_slots) continue;
-        const struct cluster_state *s = &clusters->state[slot];
         const int length = kv->lane_len[slot * kv->lanes_per_slot + lane];
         const int64_t row = (int64_t)slot * clusters->n_lanes + lane - clusters->first_lane;
+        const struct cluster_state *s = &clusters->state[row];
+        const int clustered = s->end - s->first + s->n_host, taken = cpu__min(s->budget, clustered);
         count[item] = -1;
-        if (s->n_clusters < 1 || s->budget >= s->end - s->first || length < s->end ||
-            s->first + s->budget + (length - s->end) > stride)
+        if (s->n_clusters < 1 || taken < 1 || (taken == clustered && !s->n_host) || length < s->end ||
+            s->first + taken + (length - s->end) > stride)
             continue;
         float score[MOST_CLUSTERS];
         struct ranked rank[MOST_CLUSTERS];

@@ -138,6 +138,58 @@ int cpu__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, in
     return OK;
 }
 
+int cpu__list_others(struct ops *o, int32_t *other, int other_stride, const int32_t *keep, int keep_stride,
+                     const int32_t *n_keep, int n, int n_lanes)
+{
+    (void)o;
+    for (int i = 0; i < n_lanes; i++) {
+        const int32_t *kept = keep + (int64_t)i * keep_stride;
+        int32_t *out = other + (int64_t)i * other_stride;
+        for (int j = 0, at = 0; j < n; j++) {
+            if (at < n_keep[i] && kept[at] == j)
+                at++;
+            else
+                out[j - at] = j;
+        }
+    }
+    return OK;
+}
+
+/* An entry of kv to the place i of the lane in host memory. */
+static void copy_entry(const struct kv_view *kv, const struct kv_view *host, int lane, int entry, int i)
+{
+    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
+    memcpy(lane__key(host, lane, i), lane__key(kv, lane, entry), bytes);
+    memcpy(lane__value(host, lane, i), lane__value(kv, lane, entry), bytes);
+}
+
+int cpu__kv_split(struct ops *o, const struct kv_view *kv, const struct kv_view *host, int slot, int lane, int n_lanes,
+                  const int32_t *index, int index_stride, const int32_t *n_index)
+{
+    const int first = slot * kv->lanes_per_slot + lane;
+    for (int i = 0; i < n_lanes; i++)
+        for (int j = 0; j < n_index[i]; j++) {
+            const int entry = index[(int64_t)i * index_stride + j];
+            if (entry < 0 || entry >= kv->lane_len[first + i])
+                FAIL(ERR_ARG, "ops_kv_split: index[%d] of lane %d is %d, the lane holds %d entries", j, i, entry,
+                     kv->lane_len[first + i]);
+        }
+#pragma omp parallel for num_threads(cpu__of(o)->n_threads) schedule(dynamic, 1) ordered
+    for (int i = 0; i < n_lanes; i++) {
+        bool grown = false;
+#pragma omp ordered
+        {
+            if (host->lane_len[first + i])
+                *host->error |= KV_ERROR_LANE_FULL;
+            else
+                grown = n_index[i] > 0 && grow_lane(host, first + i, n_index[i]) == 0;
+        }
+        for (int j = 0; grown && j < n_index[i]; j++)
+            copy_entry(kv, host, first + i, index[(int64_t)i * index_stride + j], j);
+    }
+    return OK;
+}
+
 int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot)
 {
     const int first = slot * kv->lanes_per_slot, end = first + kv->lanes_per_slot;

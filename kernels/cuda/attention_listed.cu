@@ -18,12 +18,18 @@ struct listed_arguments {
     struct decode_arguments decode;
     const int32_t *entry, *count;
     int stride, list_piece, lane_piece, most_pieces;
+    const int32_t *host_page_row; /* of negative entries' lanes, whose pages lie in host memory */
+    int64_t host_offset;          /* of that memory from the pool, bytes: one address space has both */
+    int host_max_pages;
+    int64_t recent_offset; /* the same of recent tokens' places */
+    int recent_first_lane, recent_lanes, recent_pages;
 };
 
 /* A piece in the terms of attention_decode.cuh, and its list (NULL: the lane from its first entry on). */
 struct listed_item {
     struct decode_item item;
     const int32_t *entry;
+    int recent_page; /* the lane's first one */
 };
 
 /* Entries of the block's list and how they are cut; 0 pieces: nothing to attend to. */
@@ -38,6 +44,7 @@ __device__ static int find_list(const struct listed_arguments &a, struct listed_
     if (slot < 0 || slot >= d.kv.n_slots) return 0;
     item->lane = cache_lane(d.kv, slot, d.lane + item->head);
     listed->entry = count < 0 ? NULL : a.entry + list * a.stride;
+    listed->recent_page = (slot * a.recent_lanes + d.lane + item->head - a.recent_first_lane) * a.recent_pages;
     *length = count < 0 ? d.kv.lane_len[item->lane] : count < a.stride ? count : a.stride;
     const int piece = count < 0 ? a.lane_piece : a.list_piece;
     const int n = (*length + piece - 1) / piece, most = n < a.most_pieces ? n : a.most_pieces;
@@ -55,6 +62,15 @@ __device__ static int64_t find_row(const struct listed_arguments &a, const struc
     const int thread = (int)threadIdx.x % 32, mine = at + thread / TILE * STEP + thread % TILE;
     if (mine >= listed.item.end) return 0;
     const int entry = listed.entry ? listed.entry[mine] : mine;
+    if (entry < 0) {
+        const int64_t page = a.host_page_row[(int64_t)listed.item.lane * a.host_max_pages + ~entry / kv.page_size];
+        return (page * 2 * kv.page_size + ~entry % kv.page_size) * row_bytes + a.host_offset;
+    }
+    if (entry >= RECENT_ENTRY) {
+        const int place = entry - RECENT_ENTRY;
+        const int64_t page = listed.recent_page + place / kv.page_size;
+        return (page * 2 * kv.page_size + place % kv.page_size) * row_bytes + a.recent_offset;
+    }
     const int64_t page = kv.page_row[(int64_t)listed.item.lane * kv.max_pages + entry / kv.page_size];
     return (page * 2 * kv.page_size + entry % kv.page_size) * row_bytes;
 }
@@ -260,6 +276,16 @@ int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tenso
     TRY(place_partials(c, &c->limits, &arena, &d->partial_out, &d->partial));
     a.entry = list->entry, a.count = list->count;
     a.stride = list->stride;
+    if (list->host) {
+        a.host_page_row = list->host->page_row;
+        a.host_max_pages = list->host->max_pages;
+        a.host_offset = (int64_t)((uint64_t)list->host->pool.data - (uint64_t)kv->pool.data);
+    }
+    if (list->recent) {
+        a.recent_offset = (int64_t)((uint64_t)list->recent->pool.data - (uint64_t)kv->pool.data);
+        a.recent_first_lane = list->recent->first_lane, a.recent_lanes = list->recent->n_lanes;
+        a.recent_pages = list->recent->capacity / kv->page_size;
+    }
     a.list_piece = list_piece(c, list->stride);
     a.lane_piece = c->split_tokens;
     a.most_pieces = most_pieces(c, &c->limits);

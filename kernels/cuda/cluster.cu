@@ -4,7 +4,8 @@
  * keeps a running best; similarities are never written. Centres have length 1 and are two 16-bit numbers each, the
  * rounded one and what rounding left, so that products are as good as float32's while keys are exact anyway.
  * scan, place: a stable counting sort of entries by label, in chunks. mean: a block a cluster adds its keys up in the
- * order of the sort. Counters are integers and sums have one order: the result depends on the keys and centres alone.
+ * order of the sort. With a list each lane has its own numbers of entries and clusters, below the job's; what lies
+ * beyond is not there. Counters are integers and sums have one order: the result depends on the keys and centres alone.
  */
 #include "kernels/cuda/attention_instructions.cuh"
 
@@ -35,9 +36,20 @@ struct cluster_arguments {
     int width, n_chunks, chunk;
 };
 
+/* How much of the job is this lane's. Strides of arrays are the job's. */
+__device__ static int entries_of(const struct cluster_arguments &a, int lane)
+{
+    return a.job.index ? min(a.job.count[lane].n_entries, a.job.n_entries) : a.job.n_entries;
+}
+__device__ static int clusters_of(const struct cluster_arguments &a, int lane)
+{
+    return a.job.index ? min(a.job.count[lane].n_clusters, a.job.n_clusters) : a.job.n_clusters;
+}
+
 __device__ static int64_t key_of(const struct cluster_arguments &a, int lane, int i)
 {
-    return cache_key(a.kv, a.first_lane + lane, a.job.first_entry + i);
+    const int entry = a.job.index ? a.job.index[(int64_t)lane * a.job.index_stride + i] : a.job.first_entry + i;
+    return cache_key(a.kv, a.first_lane + lane, entry);
 }
 
 /* Stores a centre, thread d its dimension d (0 beyond the heads' dimensions): as it is, and at length 1 in two parts.
@@ -63,8 +75,10 @@ template <typename T> __global__ static void __launch_bounds__(WIDEST) start_ker
     let_successor_start();
     wait_for_predecessor();
     const int cluster = (int)blockIdx.x, lane = (int)blockIdx.y, d = (int)threadIdx.x;
+    const int n_entries = entries_of(a, lane);
+    if (cluster >= clusters_of(a, lane) || n_entries < 1) return;
     int i = a.job.centre[(int64_t)lane * a.job.n_clusters + cluster];
-    i = i < 0 ? 0 : i < a.job.n_entries ? i : a.job.n_entries - 1;
+    i = i < 0 ? 0 : i < n_entries ? i : n_entries - 1;
     const T *key = (const T *)a.kv.pool.data + key_of(a, lane, i);
     store_centre<T>(a, lane, cluster, d < a.kv.head_dim ? to_float(key[d]) : 0);
 }
@@ -73,12 +87,13 @@ template <typename T> __global__ static void __launch_bounds__(WIDEST) start_ker
 
 /* A fragments of 16 keys from `first` on; zeros for keys and dimensions that are not there. */
 template <typename T, int STEPS>
-__device__ static void load_keys(const struct cluster_arguments &a, int lane, int first, uint32_t (*fragment)[4])
+__device__ static void load_keys(const struct cluster_arguments &a, int lane, int first, int n_entries,
+                                 uint32_t (*fragment)[4])
 {
     const int thread = (int)threadIdx.x % WARP, low = first + thread / 4, high = low + 8, dim = a.kv.head_dim;
     const T *pool = (const T *)a.kv.pool.data;
-    const T *key[2] = {low < a.job.n_entries ? pool + key_of(a, lane, low) : NULL,
-                       high < a.job.n_entries ? pool + key_of(a, lane, high) : NULL};
+    const T *key[2] = {low < n_entries ? pool + key_of(a, lane, low) : NULL,
+                       high < n_entries ? pool + key_of(a, lane, high) : NULL};
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
@@ -90,13 +105,13 @@ __device__ static void load_keys(const struct cluster_arguments &a, int lane, in
 
 /* Begins the copy of TILE centres from `first` on: rounded parts, then rests, a row of PITCH each. */
 template <typename T, int STEPS>
-__device__ static void fetch_centres(const struct cluster_arguments &a, int lane, int first, T *stage)
+__device__ static void fetch_centres(const struct cluster_arguments &a, int lane, int first, int n_clusters, T *stage)
 {
     enum { WIDTH = 16 * STEPS, PITCH = WIDTH + 8, PIECES = WIDTH / 8 };
     const T *unit = (const T *)a.unit + (int64_t)lane * a.job.n_clusters * 2 * WIDTH;
     for (int i = (int)threadIdx.x; i < 2 * TILE * PIECES; i += KEYS_A_BLOCK) {
         const int row = i / PIECES, piece = i % PIECES, part = row / TILE, cluster = first + row % TILE;
-        const bool there = cluster < a.job.n_clusters;
+        const bool there = cluster < n_clusters;
         copy_16(shared_address(stage + row * PITCH + 8 * piece),
                 unit + ((int64_t)(there ? cluster : 0) * 2 + part) * WIDTH + 8 * piece, there);
     }
@@ -111,7 +126,7 @@ struct best {
 
 /* 8 centres of the stage against a warp's 32 keys. */
 template <typename T, int STEPS>
-__device__ static void compare_8(const struct cluster_arguments &a, const T *stage, int in_stage, int cluster,
+__device__ static void compare_8(int n_clusters, const T *stage, int in_stage, int cluster,
                                  const uint32_t (*keys)[STEPS][4], struct best *best)
 {
     enum { PITCH = 16 * STEPS + 8 };
@@ -135,7 +150,7 @@ __device__ static void compare_8(const struct cluster_arguments &a, const T *sta
         for (int j = 0; j < 2; j++) {
             const int c = cluster + thread % 4 * 2 + j;
             const float score = sum[i / 2][i % 2 * 2 + j];
-            if (c < a.job.n_clusters && score > best->score[i]) best->score[i] = score, best->cluster[i] = c;
+            if (c < n_clusters && score > best->score[i]) best->score[i] = score, best->cluster[i] = c;
         }
 }
 
@@ -149,18 +164,20 @@ __global__ static void __launch_bounds__(KEYS_A_BLOCK) assign_kernel(struct clus
     wait_for_predecessor();
     const int lane = (int)blockIdx.y, thread = (int)threadIdx.x % WARP;
     const int first = (int)blockIdx.x * KEYS_A_BLOCK + (int)threadIdx.x / WARP * 32;
+    const int n_entries = entries_of(a, lane), n_clusters = clusters_of(a, lane);
+    if ((int)blockIdx.x * KEYS_A_BLOCK >= n_entries) return;
     uint32_t keys[2][STEPS][4];
     struct best best;
     for (int i = 0; i < 4; i++) best.score[i] = -INFINITY, best.cluster[i] = 0;
-    fetch_centres<T, STEPS>(a, lane, 0, stage[0]);
-    load_keys<T, STEPS>(a, lane, first, keys[0]);
-    load_keys<T, STEPS>(a, lane, first + 16, keys[1]);
-    for (int c = 0, at = 0; c < a.job.n_clusters; c += TILE, at ^= 1) {
+    fetch_centres<T, STEPS>(a, lane, 0, n_clusters, stage[0]);
+    load_keys<T, STEPS>(a, lane, first, n_entries, keys[0]);
+    load_keys<T, STEPS>(a, lane, first + 16, n_entries, keys[1]);
+    for (int c = 0, at = 0; c < n_clusters; c += TILE, at ^= 1) {
         copies_end();
         __syncthreads(); /* this stage is whole, and nobody reads the other one any more */
-        if (c + TILE < a.job.n_clusters) fetch_centres<T, STEPS>(a, lane, c + TILE, stage[at ^ 1]);
-        for (int i = 0; i < TILE && c + i < a.job.n_clusters; i += 8)
-            compare_8<T, STEPS>(a, stage[at], i, c + i, keys, &best);
+        if (c + TILE < n_clusters) fetch_centres<T, STEPS>(a, lane, c + TILE, n_clusters, stage[at ^ 1]);
+        for (int i = 0; i < TILE && c + i < n_clusters; i += 8)
+            compare_8<T, STEPS>(n_clusters, stage[at], i, c + i, keys, &best);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -172,7 +189,7 @@ __global__ static void __launch_bounds__(KEYS_A_BLOCK) assign_kernel(struct clus
             if (other > score || (other == score && its < cluster)) score = other, cluster = its;
         }
         const int key = first + i / 2 * 16 + i % 2 * 8 + thread / 4;
-        if (thread % 4 || key >= a.job.n_entries) continue;
+        if (thread % 4 || key >= n_entries) continue;
         a.label[(int64_t)lane * a.job.n_entries + key] = cluster;
         atomicAdd(&a.count[((int64_t)lane * a.n_chunks + key / a.chunk) * a.job.n_clusters + cluster], 1);
     }
@@ -238,7 +255,7 @@ __global__ static void __launch_bounds__(WARP) place_kernel(struct cluster_argum
     let_successor_start();
     wait_for_predecessor();
     const int chunk = (int)blockIdx.x, lane = (int)blockIdx.y, thread = (int)threadIdx.x;
-    const int end = (chunk + 1) * a.chunk < a.job.n_entries ? (chunk + 1) * a.chunk : a.job.n_entries;
+    const int end = min((chunk + 1) * a.chunk, entries_of(a, lane));
     const int32_t *label = a.label + (int64_t)lane * a.job.n_entries;
     volatile int32_t *next = a.count + ((int64_t)lane * a.n_chunks + chunk) * a.job.n_clusters;
     int32_t *entry = a.entry + (a.first_row + lane) * a.max_entries + a.job.first_place;
@@ -247,7 +264,7 @@ __global__ static void __launch_bounds__(WARP) place_kernel(struct cluster_argum
         const unsigned same = __match_any_sync(~0u, mine);
         const int at = i < end ? next[mine] : 0;
         __syncwarp();
-        if (i < end) entry[at + __popc(same & ((1u << thread) - 1))] = a.job.first_entry + i;
+        if (i < end) entry[at + __popc(same & ((1u << thread) - 1))] = a.job.index ? ~i : a.job.first_entry + i;
         if (i < end && __ffs((int)same) - 1 == thread) next[mine] = at + __popc(same);
         __syncwarp();
     }
@@ -272,7 +289,7 @@ template <typename T> __global__ static void __launch_bounds__(MEAN_THREADS) mea
     if (8 * column < a.kv.head_dim)
 #pragma unroll 4
         for (int i = part; i < size; i += PARTS) {
-            const int64_t key = cache_key(a.kv, a.first_lane + lane, entry[i]);
+            const int64_t key = key_of(a, lane, a.job.index ? ~entry[i] : entry[i] - a.job.first_entry);
             float piece[8];
             unpack8<T>(*(const uint4 *)((const T *)a.kv.pool.data + key + 8 * column), piece);
 #pragma unroll

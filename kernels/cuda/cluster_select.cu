@@ -151,14 +151,16 @@ template <typename T> __global__ static void __launch_bounds__(THREADS) select_k
         if (threadIdx.x == 0) a.count[item] = 0;
         return;
     }
-    const struct cluster_state state = a.state[slot];
+    const int64_t row = (int64_t)slot * a.n_lanes + a.lane + head - a.first_lane;
+    const struct cluster_state state = a.state[row];
     const int length = a.kv.lane_len[cache_lane(a.kv, slot, a.lane + head)], n = state.n_clusters;
-    const int listed = state.first + state.budget + length - state.end;
-    const bool whole = n < 1 || n > a.max_clusters || state.budget >= state.end - state.first || length < state.end ||
-                       listed > a.stride;
+    const int clustered = state.end - state.first + state.n_host;
+    const int budget = state.budget < clustered ? state.budget : clustered;
+    const int listed = state.first + budget + length - state.end;
+    const bool whole = n < 1 || n > a.max_clusters || budget < 1 || (budget == clustered && state.n_host == 0) ||
+                       length < state.end || listed > a.stride;
     if (threadIdx.x == 0) a.count[item] = whole ? -1 : listed;
     if (whole) return;
-    const int64_t row = (int64_t)slot * a.n_lanes + a.lane + head - a.first_lane;
     const T *q = (const T *)a.q + item / a.n_kv_heads * a.q_stride + (int64_t)head * a.group * a.kv.head_dim;
     int32_t *out = a.out + (int64_t)item * a.stride;
     for (int i = (int)threadIdx.x; i < a.group * WIDEST; i += THREADS) {
@@ -167,11 +169,10 @@ template <typename T> __global__ static void __launch_bounds__(THREADS) select_k
     }
     __syncthreads();
     score_clusters<T>(a, &s, row, n);
-    find_cut(&s, n, state.budget);
+    find_cut(&s, n, budget);
     write_clusters(&s, n, a.entry + row * a.max_entries, out + state.first);
     for (int i = (int)threadIdx.x; i < state.first; i += THREADS) out[i] = i;
-    for (int i = (int)threadIdx.x; i < length - state.end; i += THREADS)
-        out[state.first + state.budget + i] = state.end + i;
+    for (int i = (int)threadIdx.x; i < length - state.end; i += THREADS) out[state.first + budget + i] = state.end + i;
 }
 
 int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,

@@ -170,6 +170,13 @@ int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, i
 int cuda__judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
                         const struct kv_view *kv, const struct attention_heads *heads,
                         const struct decode_judges *judges);
+int cuda__list_others(struct ops *o, int32_t *other, int other_stride, const int32_t *keep, int keep_stride,
+                      const int32_t *n_keep, int n, int n_lanes);
+int cuda__kv_split(struct ops *o, const struct kv_view *kv, const struct kv_view *host, int slot, int lane, int n_lanes,
+                   const int32_t *index, int index_stride, const int32_t *n_index);
+int cuda__recall(struct ops *o, int32_t *entry, const int32_t *count, int stride, const struct seq_batch *batch,
+                 const struct kv_view *kv, const struct attention_heads *heads, const struct kv_view *host,
+                 const struct kv_recent *recent);
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                   int n_drops);
 int cuda__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);

@@ -447,6 +447,65 @@ int cuda__kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, i
     return OK;
 }
 
+/* ---- to host memory ---- */
+
+/* A warp a lane; one that holds something already stays as it is. */
+__global__ static void split_grow_kernel(struct kv_view host, int first_lane, int n_lanes, struct keep_counts counts)
+{
+    let_successor_start();
+    wait_for_predecessor();
+    const int i = (int)blockIdx.x * LANES_A_BLOCK + (int)threadIdx.x / WARP;
+    if (i >= n_lanes || counts.n[i] == 0) return;
+    if (host.lane_len[first_lane + i] > 0) {
+        if (threadIdx.x % WARP == 0) atomicOr(host.error, KV_ERROR_LANE_FULL);
+        return;
+    }
+    (void)grow_lane(host, first_lane + i, counts.n[i]);
+}
+
+/* Grid: shares of the entries x lanes x (halves of a page, slices of a row). Rows go over the bus in whole pieces of 16
+ * words. A lane that did not grow to its number gets nothing. */
+template <typename W>
+__global__ static void __launch_bounds__(PACK_THREADS)
+    split_kernel(struct kv_view kv, struct kv_view host, int first_lane, const int32_t *index, int index_stride,
+                 struct keep_counts counts, int element)
+{
+    let_successor_start();
+    wait_for_predecessor();
+    const int lane = first_lane + (int)blockIdx.y, n = counts.n[blockIdx.y], length = kv.lane_len[lane];
+    const int word = (int)(blockIdx.z / 2 * PACK_ROW + threadIdx.x % PACK_ROW);
+    const int words = kv.head_dim * element / (int)sizeof(W);
+    const int64_t half = (int64_t)(blockIdx.z % 2) * kv.page_size * words + word;
+    if (host.lane_len[lane] != n || length < 1 || word >= words) return;
+    index += (int64_t)blockIdx.y * index_stride;
+    for (int j = (int)(blockIdx.x * PACK_STEP + threadIdx.x / PACK_ROW); j < n; j += (int)gridDim.x * PACK_STEP) {
+        const int entry = min(max(index[j], 0), length - 1); /* inside the lane whatever is given */
+        ((W *)host.pool.data)[half + row_of(host, lane, j) * words] =
+            ((const W *)kv.pool.data)[half + row_of(kv, lane, entry) * words];
+    }
+}
+
+int cuda__kv_split(struct ops *o, const struct kv_view *kv, const struct kv_view *host, int slot, int lane, int n_lanes,
+                   const int32_t *index, int index_stride, const int32_t *n_index)
+{
+    enum { SHARES = 16 };
+    const int element = (int)dtype_size(kv->pool.dtype), row_bytes = kv->head_dim * element;
+    const bool wide = row_bytes % 16 == 0 && ((uint64_t)kv->pool.data | (uint64_t)host->pool.data) % 16 == 0;
+    const unsigned slices = (unsigned)(row_bytes / (wide ? 16 : 4) + PACK_ROW - 1) / PACK_ROW;
+    for (int first = 0; first < n_lanes; first += MOST_PACKED) {
+        struct keep_counts counts = {};
+        const int n = n_lanes - first < MOST_PACKED ? n_lanes - first : MOST_PACKED;
+        const int first_lane = slot * kv->lanes_per_slot + lane + first;
+        for (int i = 0; i < n; i++) counts.n[i] = n_index[first + i];
+        TRY(cuda__launch(o, "kv_split", split_grow_kernel, dim3((unsigned)(n + LANES_A_BLOCK - 1) / LANES_A_BLOCK),
+                         dim3(LANES_A_BLOCK * WARP), 0, *host, first_lane, n, counts));
+        TRY(cuda__launch(o, "kv_split", wide ? split_kernel<uint4> : split_kernel<uint32_t>,
+                         dim3(SHARES, (unsigned)n, 2 * slices), dim3(PACK_THREADS), 0, *kv, *host, first_lane,
+                         index + (int64_t)first * index_stride, index_stride, counts, element));
+    }
+    return OK;
+}
+
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot)
 {
     struct keep_counts none = {};

@@ -127,6 +127,34 @@ static void memory_give_back(struct ops *o, void *memory, size_t bytes)
     (void)cudaFree(memory);
 }
 
+/* Pinned and in the device's address space: kernels read and write it over the bus. */
+static int host_take(struct ops *o, size_t bytes, void **out)
+{
+    void *memory = NULL;
+    (void)o;
+    if (cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocMapped | cudaHostAllocPortable) != cudaSuccess) {
+        (void)cudaGetLastError(); /* else a later launch would report it */
+        FAIL(ERR_NOMEM, "cuda: %.1f MiB of pinned host memory are not to be had; lower kv_cache.host_memory_bytes",
+             (double)bytes / (1 << 20));
+    }
+    cudaError_t error = cudaHostGetDevicePointer(out, memory, 0);
+    if (error == cudaSuccess && *out != memory) error = cudaErrorNotSupported; /* one address on all 64-bit systems */
+    if (error != cudaSuccess) {
+        *out = NULL;
+        (void)cudaFreeHost(memory);
+        return cuda__failed("cudaHostGetDevicePointer", error);
+    }
+    memset(memory, 0, bytes);
+    return OK;
+}
+
+static void host_give_back(struct ops *o, void *memory, size_t bytes)
+{
+    (void)bytes;
+    (void)cudaStreamSynchronize(cuda__of(o)->stream);
+    (void)cudaFreeHost(memory);
+}
+
 static int copy(struct ops *o, void *to, const void *from, size_t bytes)
 {
     CUDA_TRY(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda__of(o)->stream));
@@ -271,6 +299,8 @@ const struct ops_vt ops_cuda = {
     .reserve = reserve,
     .memory_take = memory_take,
     .memory_give_back = memory_give_back,
+    .host_take = host_take,
+    .host_give_back = host_give_back,
     .upload = cuda__upload,
     .download = cuda__download,
     .copy = copy,
@@ -312,6 +342,9 @@ const struct ops_vt ops_cuda = {
     .kv_append = cuda__kv_append,
     .rope_append = cuda__rope_append,
     .kv_pack = cuda__kv_pack,
+    .list_others = cuda__list_others,
+    .kv_split = cuda__kv_split,
+    .recall = cuda__recall,
     .kv_drop = cuda__kv_drop,
     .kv_quantise = cuda__kv_quantise,
     .kv_release = cuda__kv_release,

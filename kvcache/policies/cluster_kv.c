@@ -4,7 +4,11 @@
  * After the prompt each KV head of the layers from full_layers on clusters its keys, but for the first few (sinks);
  * every `window` generated tokens become clusters of their own. What is attended to leaves here as a struct kv_list:
  * where the entries lie is not this file's business. KV heads are clustered one by one and seeded by their number over
- * all ranks, so nothing is said between ranks. */
+ * all ranks, so nothing is said between ranks.
+ *
+ * With kv_cache.evicted: host the prompt's clustered tokens lie in host memory and the lanes keep the sinks and what is
+ * generated. What the lists then name is an entry of either. The same stands beside a policy that evicts: it clusters
+ * and sends to host memory what that policy does not keep (cluster_kv_take). */
 #include "kvcache/cluster_kv.h"
 
 #include <stdlib.h>
@@ -17,22 +21,39 @@ static const char label[] = "policy state";
 /* Host's view of a slot. */
 struct slot {
     bool runs;
-    int first, end; /* the clustered entries; generated tokens from `end` on wait for their window */
-    int prompt, n_generated;
-    int n_clusters, budget, n_blocks;
+    int n_waiting; /* generated tokens that wait for their window, behind the clustered ones */
+    int n_blocks;
     uint64_t seed;
 };
 
 struct cluster_kv {
     struct kv_clusters clusters;
-    struct slot *slot; /* [n_slots] */
-    int32_t *centre;   /* [n_lanes, max_clusters] device */
-    int32_t *entry;    /* [n_slots * most heads of a layer, stride] device, the lists of a layer */
-    int32_t *count;    /* [n_slots * most heads of a layer] device */
+    struct slot *slot;          /* [n_slots] */
+    struct cluster_state *lane; /* [n_slots * n_lanes] host, as clusters.state */
+    int32_t *centre;            /* [n_lanes, max_clusters] device */
+    int32_t *entry;             /* [n_slots * most heads of a layer, stride] device, the lists of a layer */
+    int32_t *count;             /* [n_slots * most heads of a layer] device */
     int stride;
     int32_t *host_centre; /* as centre */
     int32_t *drawing;     /* [max_entries] */
+    /* of one sequence whose tokens go to host memory */
+    int32_t *evicted;              /* [n_lanes, max_context] device: its entries */
+    struct cluster_count *counted; /* [n_lanes] device */
+    struct cluster_count *host_counted;
+    int32_t *n_evicted; /* [n_lanes] host */
+    /* of ClusterKV's own decision what goes there */
+    int32_t *sinks;      /* [n_lanes, n_sinks] device: the first tokens, over and over */
+    int32_t *host_sinks; /* as sinks */
+    int32_t *n_keep;     /* [n_lanes] host */
+    int n_sinks;
+    struct kv_recent recent; /* capacity 0: there is none */
 };
+
+const int64_t *cluster_kv_recall_counts(const struct policy *policy)
+{
+    const struct cluster_kv *s = policy->state;
+    return s && s->recent.capacity ? s->recent.counts : NULL;
+}
 
 const struct kv_clusters *cluster_kv_clusters(const struct policy *policy)
 {
@@ -69,7 +90,7 @@ static int place_clusters(struct policy *policy, struct cluster_kv *s, int most_
     TRY(arena_tensor(arena, centroid, label, &c->centroid));
     TRY(arena_take(arena, rows * (size_t)c->max_clusters * sizeof *c->size, label, &c->size));
     TRY(arena_take(arena, rows * (size_t)c->max_entries * sizeof *c->entry, label, &c->entry));
-    TRY(arena_take(arena, (size_t)kv->n_slots * sizeof *c->state, label, &c->state));
+    TRY(arena_take(arena, rows * sizeof *c->state, label, &c->state));
     TRY(arena_take(arena, ops_cluster_bytes(env->ops, c->n_lanes, kv->head_dim, c->max_entries, c->max_clusters), label,
                    &c->work));
     TRY(arena_take(arena, centres * sizeof *s->centre, label, &s->centre));
@@ -78,7 +99,68 @@ static int place_clusters(struct policy *policy, struct cluster_kv *s, int most_
     s->slot = calloc((size_t)kv->n_slots, sizeof *s->slot);
     s->host_centre = calloc(centres, sizeof *s->host_centre);
     s->drawing = calloc((size_t)c->max_entries, sizeof *s->drawing);
-    if (!s->slot || !s->host_centre || !s->drawing) FAIL(ERR_NOMEM, "cluster_kv: out of memory");
+    s->lane = calloc(rows, sizeof *s->lane);
+    if (!s->slot || !s->host_centre || !s->drawing || !s->lane) FAIL(ERR_NOMEM, "cluster_kv: out of memory");
+    return OK;
+}
+
+static int take_recent(const struct policy *policy, struct arena *arena, struct kv_recent *r)
+{
+    const struct kv_view *kv = policy->env.kv;
+    const size_t rows = (size_t)kv->n_slots * (size_t)r->n_lanes, places = rows * (size_t)r->capacity;
+    const struct tensor pool = tensor_3d(NULL, policy->env.ops->dtype, (int64_t)places / kv->page_size,
+                                         2 * (int64_t)kv->page_size, kv->head_dim);
+    TRY(arena_tensor(arena, pool, label, &r->pool));
+    TRY(arena_take(arena, rows * (size_t)r->max_entries * sizeof *r->place, label, &r->place));
+    TRY(arena_take(arena, places * sizeof *r->holder, label, &r->holder));
+    TRY(arena_take(arena, places * sizeof *r->stamp, label, &r->stamp));
+    TRY(arena_take(arena, rows * sizeof *r->step, label, &r->step));
+    TRY(arena_take(arena, 2 * places * sizeof *r->work, label, &r->work));
+    return arena_take(arena, 2 * (size_t)kv->n_slots * sizeof *r->counts, label, &r->counts);
+}
+
+/* Places for what so many steps recall of the longest prompt. Where the plan was made for a smaller budget there are
+ * fewer; lists that find no room are read from host memory. */
+static int place_recent(struct policy *policy, struct cluster_kv *s, struct arena *arena)
+{
+    const struct policy_config *config = &policy->config;
+    const struct kv_view *kv = policy->env.kv;
+    const int most = policy->env.max_context;
+    const int tokens = eviction_tokens(policy->beside ? config->recall_budget : config->budget, most);
+    const int64_t wanted = (int64_t)config->recall_cache_steps * tokens;
+    struct kv_recent r = {.first_lane = s->clusters.first_lane,
+                          .n_lanes = s->clusters.n_lanes,
+                          .max_entries = most,
+                          .capacity = (int)((wanted < most ? wanted : most) + kv->page_size - 1) / kv->page_size,
+                          .steps = config->recall_cache_steps};
+    r.capacity *= kv->page_size;
+    for (struct arena trial; arena->memory && r.capacity; r.capacity -= kv->page_size) {
+        struct kv_recent unused = r;
+        arena_measure(&trial);
+        TRY(take_recent(policy, &trial, &unused));
+        if (trial.used <= arena->size - arena->used) break;
+    }
+    if (!r.capacity || !r.n_lanes) return OK;
+    TRY(take_recent(policy, arena, &r));
+    s->recent = r;
+    return OK;
+}
+
+/* What sending tokens to host memory takes, and deciding which. */
+static int place_eviction(struct policy *policy, struct cluster_kv *s, struct arena *arena)
+{
+    const size_t lanes = (size_t)s->clusters.n_lanes, most = (size_t)policy->env.max_context;
+    s->n_sinks = least(policy->config.cluster_kv.sinks, policy->env.max_context);
+    const size_t sinks = lanes * (size_t)(policy->beside ? 0 : s->n_sinks);
+    TRY(arena_take(arena, lanes * most * sizeof *s->evicted, label, &s->evicted));
+    TRY(arena_take(arena, lanes * sizeof *s->counted, label, &s->counted));
+    TRY(arena_take(arena, sinks * sizeof *s->sinks, label, &s->sinks));
+    s->host_counted = calloc(lanes, sizeof *s->host_counted);
+    s->n_evicted = calloc(lanes, sizeof *s->n_evicted);
+    s->n_keep = calloc(lanes, sizeof *s->n_keep);
+    s->host_sinks = calloc(sinks + 1, sizeof *s->host_sinks);
+    if (!s->host_counted || !s->n_evicted || !s->n_keep || !s->host_sinks) FAIL(ERR_NOMEM, "cluster_kv: out of memory");
+    for (size_t i = 0; i < sinks; i++) s->host_sinks[i] = (int32_t)(i % (size_t)s->n_sinks);
     return OK;
 }
 
@@ -104,56 +186,104 @@ static int cluster_kv_open(struct policy *policy, struct arena *arena)
     s->clusters.n_lanes = env->kv->lanes_per_slot - s->clusters.first_lane;
     s->clusters.max_clusters = (int)most;
     s->stride = s->clusters.max_entries = env->kv->max_pages * env->kv->page_size;
-    return place_clusters(policy, s, most_heads, arena);
+    TRY(place_clusters(policy, s, most_heads, arena));
+    if (!env->host) return OK;
+    TRY(place_eviction(policy, s, arena));
+    return place_recent(policy, s, arena);
 }
 
 static void cluster_kv_close(struct policy *policy)
 {
     struct cluster_kv *s = policy->state;
     if (!s) return;
-    free(s->slot);
-    free(s->host_centre);
-    free(s->drawing);
+    void *owned[] = {s->slot,         s->lane,      s->host_centre, s->drawing,
+                     s->host_counted, s->n_evicted, s->n_keep,      s->host_sinks};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(s);
 }
 
 /* ---- clustering ---- */
 
+static struct cluster_state *lanes_of(const struct cluster_kv *s, int slot)
+{
+    return s->lane + (int64_t)slot * s->clusters.n_lanes;
+}
+
 static int send_state(struct policy *policy, int slot)
 {
     const struct cluster_kv *s = policy->state;
-    const struct slot *own = &s->slot[slot];
-    const struct cluster_state state = {own->runs ? own->n_clusters : 0, own->first, own->end, own->budget};
-    return ops_upload(policy->env.ops, s->clusters.state + slot, &state, sizeof state);
+    const size_t n = (size_t)s->clusters.n_lanes;
+    return ops_upload(policy->env.ops, s->clusters.state + (size_t)slot * n, lanes_of(s, slot), n * sizeof *s->lane);
 }
 
-/* The next n_entries entries of all lanes become n_clusters clusters; block: 0 for the prompt, then 1, 2, ... */
-static int cluster_block(struct policy *policy, int slot, int n_entries, int n_clusters, int block)
+/* The first centres of all lanes, n_clusters of each: lane i's first n[i].n_clusters among its n[i].n_entries entries
+ * (n NULL: all lanes as `each`), the rest unused. block: 0 for the prompt, then 1, 2, ... */
+static int draw_centres(struct policy *policy, int slot, const struct cluster_count *n, struct cluster_count each,
+                        int block)
 {
     struct cluster_kv *s = policy->state;
     const struct policy_env *env = &policy->env;
-    struct slot *own = &s->slot[slot];
     int32_t *centre = s->host_centre;
     for (int l = policy->config.cluster_kv.full_layers; l < env->n_layers; l++)
-        for (int h = 0; h < env->layers[l].heads.n_kv_heads; h++, centre += n_clusters) {
-            struct choose_stream stream = choose_stream(own->seed, l, env->layers[l].first_kv_head + h, block);
-            choose(&stream, n_entries, n_clusters, s->drawing);
-            for (int c = 0; c < n_clusters; c++) centre[c] = s->drawing[c];
+        for (int h = 0; h < env->layers[l].heads.n_kv_heads; h++, centre += each.n_clusters) {
+            const struct cluster_count own = n ? *n++ : each;
+            struct choose_stream stream = choose_stream(s->slot[slot].seed, l, env->layers[l].first_kv_head + h, block);
+            choose(&stream, own.n_entries, own.n_clusters, s->drawing);
+            for (int c = 0; c < each.n_clusters; c++) centre[c] = c < own.n_clusters ? s->drawing[c] : 0;
         }
-    TRY(ops_upload(env->ops, s->centre, s->host_centre,
-                   (size_t)s->clusters.n_lanes * (size_t)n_clusters * sizeof *s->centre));
+    return ops_upload(env->ops, s->centre, s->host_centre,
+                      (size_t)s->clusters.n_lanes * (size_t)each.n_clusters * sizeof *s->centre);
+}
+
+/* The next entries of all lanes, which are alike, become clusters. */
+static int cluster_block(struct policy *policy, int slot, struct cluster_count n, int block)
+{
+    struct cluster_kv *s = policy->state;
+    struct cluster_state *lane = lanes_of(s, slot);
+    if (!s->clusters.n_lanes) return OK;
+    TRY(draw_centres(policy, slot, NULL, n, block));
     const struct cluster_job job = {.slot = slot,
-                                    .first_entry = own->end,
-                                    .n_entries = n_entries,
-                                    .first_cluster = own->n_clusters,
-                                    .n_clusters = n_clusters,
-                                    .first_place = own->end - own->first,
+                                    .first_entry = lane->end,
+                                    .n_entries = n.n_entries,
+                                    .first_cluster = lane->n_clusters,
+                                    .n_clusters = n.n_clusters,
+                                    .first_place = lane->n_host + lane->end - lane->first,
                                     .iterations = policy->config.cluster_kv.iterations,
                                     .centre = s->centre};
-    TRY(ops_cluster_keys(env->ops, env->kv, &s->clusters, &job));
-    own->end += n_entries;
-    own->n_clusters += n_clusters;
+    TRY(ops_cluster_keys(policy->env.ops, policy->env.kv, &s->clusters, &job));
+    for (int i = 0; i < s->clusters.n_lanes; i++) {
+        lane[i].end += n.n_entries;
+        lane[i].n_clusters += n.n_clusters;
+    }
     return OK;
+}
+
+/* Clustered tokens that a step attends to: the policy's budget, or the recall's where another policy evicts. */
+static int tokens_chosen(const struct policy *policy, const struct policy_sequence *sequence)
+{
+    return eviction_tokens(policy->beside ? policy->config.recall_budget : sequence->budget, sequence->prompt_tokens);
+}
+
+static void begin_slot(struct policy *policy, const struct policy_sequence *sequence, int first)
+{
+    struct cluster_kv *s = policy->state;
+    struct cluster_state *lane = lanes_of(s, sequence->slot);
+    s->slot[sequence->slot] = (struct slot){.runs = policy_runs(policy, sequence), .seed = sequence->seed};
+    for (int i = 0; i < s->clusters.n_lanes; i++)
+        lane[i] = (struct cluster_state){
+            .first = first, .end = first, .budget = tokens_chosen(policy, sequence), .n_clusters = 0, .n_host = 0};
+}
+
+/* Of another sequence nothing is found. */
+static int forget_recent(struct policy *policy, int slot)
+{
+    const struct kv_recent *r = &((struct cluster_kv *)policy->state)->recent;
+    const size_t lanes = (size_t)r->n_lanes, first = (size_t)slot * lanes;
+    if (!r->capacity) return OK;
+    TRY(ops_zero(policy->env.ops, r->stamp + first * (size_t)r->capacity,
+                 lanes * (size_t)r->capacity * sizeof *r->stamp));
+    TRY(ops_zero(policy->env.ops, r->step + first, lanes * sizeof *r->step));
+    return ops_zero(policy->env.ops, r->counts + 2 * slot, 2 * sizeof *r->counts);
 }
 
 static int cluster_kv_begin(struct policy *policy, const struct policy_sequence *sequence)
@@ -161,16 +291,14 @@ static int cluster_kv_begin(struct policy *policy, const struct policy_sequence 
     struct cluster_kv *s = policy->state;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
     if (!s->slot || sequence->continues) return OK; /* a follow-up's tokens wait for their window like generated ones */
-    struct slot *own = &s->slot[sequence->slot];
+    if (policy->env.host && policy_runs(policy, sequence)) return OK; /* cluster_kv_take has begun it */
     const int m = sequence->prompt_tokens, first = least(options->sinks, m);
-    *own = (struct slot){.runs = policy_runs(policy, sequence),
-                         .first = first,
-                         .end = first,
-                         .prompt = m,
-                         .budget = eviction_tokens(sequence->budget, m),
-                         .seed = sequence->seed};
-    if (own->runs && m > first)
-        TRY(cluster_block(policy, sequence->slot, m - first, cluster_kv_count(options, m, m - first), 0));
+    begin_slot(policy, sequence, first);
+    if (policy->env.host) TRY(forget_recent(policy, sequence->slot));
+    if (s->slot[sequence->slot].runs && m > first) {
+        const struct cluster_count n = {m - first, cluster_kv_count(options, m, m - first)};
+        TRY(cluster_block(policy, sequence->slot, n, 0));
+    }
     return send_state(policy, sequence->slot);
 }
 
@@ -178,17 +306,98 @@ static int cluster_kv_decode_end(struct policy *policy, const int32_t *slot, int
 {
     struct cluster_kv *s = policy->state;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
-    const int n_new = least(options->window_clusters, options->window);
-    for (int i = 0; s->slot && i < n; i++) {
+    const struct cluster_count block = {options->window, least(options->window_clusters, options->window)};
+    if (policy->beside || !s->slot || !s->clusters.n_lanes)
+        return OK; /* what another policy's lanes get stays as it is */
+    for (int i = 0; i < n; i++) {
         struct slot *own = &s->slot[slot[i]];
-        own->n_generated++;
-        if (!own->runs || own->prompt + own->n_generated - own->end < options->window) continue;
+        const struct cluster_state *lane = lanes_of(s, slot[i]);
+        own->n_waiting++;
+        if (!own->runs || own->n_waiting < options->window) continue;
         /* A lane that is full: its last step, or one too many. */
-        if (own->end + options->window > s->clusters.max_entries || own->n_clusters + n_new > s->clusters.max_clusters)
+        if (lane->n_host + lane->end + options->window > s->clusters.max_entries ||
+            lane->n_clusters + block.n_clusters > s->clusters.max_clusters)
             continue;
-        TRY(cluster_block(policy, slot[i], options->window, n_new, ++own->n_blocks));
+        TRY(cluster_block(policy, slot[i], block, ++own->n_blocks));
+        own->n_waiting -= options->window;
         TRY(send_state(policy, slot[i]));
     }
+    return OK;
+}
+
+/* ---- to host memory ---- */
+
+/* States of the lanes and what of each is to be clustered; the most of a lane. */
+static struct cluster_count count_evicted(struct policy *policy, const struct policy_sequence *sequence,
+                                          const int32_t *n_keep)
+{
+    struct cluster_kv *s = policy->state;
+    struct cluster_state *lane = lanes_of(s, sequence->slot);
+    struct cluster_count most = {0, 0};
+    const int m = sequence->prompt_tokens;
+    for (int i = 0; i < s->clusters.n_lanes; i++) {
+        const int n = m - n_keep[i], clusters = n ? cluster_kv_count(&policy->config.cluster_kv, m, n) : 0;
+        s->n_evicted[i] = n;
+        s->host_counted[i] = (struct cluster_count){n, clusters};
+        lane[i].first = lane[i].end = n_keep[i];
+        lane[i].n_host = n;
+        lane[i].n_clusters = clusters;
+        if (n > most.n_entries) most.n_entries = n;
+        if (clusters > most.n_clusters) most.n_clusters = clusters;
+    }
+    return most;
+}
+
+int cluster_kv_take(struct policy *policy, const struct policy_sequence *sequence, const struct policy_keep *keep)
+{
+    struct cluster_kv *s = policy->state;
+    const struct policy_env *env = &policy->env;
+    const int m = sequence->prompt_tokens, n_lanes = s->clusters.n_lanes, lane = s->clusters.first_lane;
+    if (!s->slot || !n_lanes) return OK;
+    if (keep->lane > lane) FAIL(ERR_BUG, "cluster_kv: lists from lane %d on, clusters from %d on", keep->lane, lane);
+    const int32_t *n_keep = keep->n_keep + (lane - keep->lane);
+    const int32_t *kept = keep->index + (int64_t)(lane - keep->lane) * keep->stride;
+    begin_slot(policy, sequence, 0);
+    TRY(forget_recent(policy, sequence->slot));
+    const struct cluster_count most = count_evicted(policy, sequence, n_keep);
+    if (most.n_entries) {
+        TRY(ops_list_others(env->ops, s->evicted, m, kept, keep->stride, n_keep, m, n_lanes));
+        TRY(ops_upload(env->ops, s->counted, s->host_counted, (size_t)n_lanes * sizeof *s->counted));
+        TRY(draw_centres(policy, sequence->slot, s->host_counted, most, 0));
+        const struct cluster_job job = {.slot = sequence->slot,
+                                        .n_entries = most.n_entries,
+                                        .n_clusters = most.n_clusters,
+                                        .iterations = policy->config.cluster_kv.iterations,
+                                        .centre = s->centre,
+                                        .index = s->evicted,
+                                        .count = s->counted,
+                                        .index_stride = m};
+        TRY(ops_cluster_keys(env->ops, env->kv, &s->clusters, &job));
+        TRY(ops_kv_split(env->ops, env->kv, env->host, sequence->slot, lane, n_lanes, s->evicted, m, s->n_evicted));
+    }
+    return send_state(policy, sequence->slot);
+}
+
+static int cluster_kv_prefill_end(struct policy *policy, const struct policy_sequence *sequence, int *k)
+{
+    const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    for (int l = options->full_layers; l < policy->env.n_layers; l++)
+        k[l] = least(options->sinks, sequence->prompt_tokens);
+    return OK;
+}
+
+static int cluster_kv_select(struct policy *policy, const struct policy_sequence *sequence, const int *k,
+                             struct policy_keep *out)
+{
+    struct cluster_kv *s = policy->state;
+    const size_t n = (size_t)s->clusters.n_lanes;
+    (void)k;
+    *out = (struct policy_keep){.lane = policy->env.kv->lanes_per_slot};
+    if (!s->slot || !n) return OK;
+    for (size_t i = 0; i < n; i++) s->n_keep[i] = least(s->n_sinks, sequence->prompt_tokens);
+    TRY(ops_upload(policy->env.ops, s->sinks, s->host_sinks, n * (size_t)s->n_sinks * sizeof *s->sinks));
+    *out = (struct policy_keep){
+        .index = s->sinks, .stride = s->n_sinks, .n_keep = s->n_keep, .lane = s->clusters.first_lane};
     return OK;
 }
 
@@ -206,7 +415,9 @@ static int cluster_kv_attend(struct policy *policy, const struct policy_decode *
         FAIL(ERR_BUG, "cluster_kv: a step of %d rows, there are %d slots", in->batch->n_seqs, env->kv->n_slots);
     TRY(ops_select_clusters(env->ops, s->entry, s->count, s->stride, in->q, options->group == CLUSTER_KV_MEAN,
                             in->batch, env->kv, heads, &s->clusters));
-    const struct kv_list list = {s->entry, s->count, s->stride};
+    const struct kv_recent *recent = s->recent.capacity ? &s->recent : NULL;
+    if (recent) TRY(ops_recall(env->ops, s->entry, s->count, s->stride, in->batch, env->kv, heads, env->host, recent));
+    const struct kv_list list = {s->entry, s->count, s->stride, env->host, recent};
     return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
 }
 
@@ -216,17 +427,21 @@ static struct policy_reads cluster_kv_reads(const struct policy *policy, const s
     const struct cluster_kv *s = policy->state;
     const struct policy_env *env = &policy->env;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
-    const int m = sequence->prompt_tokens, keys = m - least(options->sinks, m), blocks = before / options->window;
-    const int clustered = keys + blocks * options->window, budget = eviction_tokens(sequence->budget, m);
+    const int m = sequence->prompt_tokens, budget = tokens_chosen(policy, sequence);
+    const int keys = policy->beside ? m - (int)kept : m - least(options->sinks, m);
+    const int blocks = policy->beside ? 0 : before / options->window, clustered = keys + blocks * options->window;
     const int n_clusters =
         (keys ? cluster_kv_count(options, m, keys) : 0) + blocks * least(options->window_clusters, options->window);
-    const double lane = kept + before + 1;
-    if (!s->slot || !n_clusters || budget >= clustered) return (struct policy_reads){lane, 0};
+    /* Tokens that neither left nor are in clusters; kept is a mean over layers of which the first are whole. */
+    const double lane = (policy->beside ? kept + keys : m) + before + 1, chosen = least(budget, clustered);
+    if (!s->slot || !n_clusters || (budget >= clustered && !policy->env.host))
+        return (struct policy_reads){.tokens = lane};
     const int full = options->full_layers, layers = env->n_layers - full;
     const int64_t centroid = env->kv->head_dim * (int64_t)dtype_size(env->ops->dtype) + (int64_t)sizeof(int32_t);
-    return (struct policy_reads){(full * lane + layers * (lane - clustered + budget)) / env->n_layers,
-                                 (int64_t)policy_kv_heads(policy) * layers *
-                                     (n_clusters * centroid + budget * (int64_t)sizeof(int32_t))};
+    return (struct policy_reads){.tokens = (full * lane + layers * (lane - clustered + chosen)) / env->n_layers,
+                                 .beside_bytes = (int64_t)policy_kv_heads(policy) * layers *
+                                                 (n_clusters * centroid + (int64_t)chosen * (int64_t)sizeof(int32_t)),
+                                 .recalled = policy->env.host ? layers * chosen / env->n_layers : 0};
 }
 
 const struct policy_vt policy_cluster_kv = {
@@ -234,6 +449,19 @@ const struct policy_vt policy_cluster_kv = {
     .paper = "ClusterKV, arXiv 2412.03213",
     .open = cluster_kv_open,
     .close = cluster_kv_close,
+    .begin_decode = cluster_kv_begin,
+    .decode_attention = cluster_kv_attend,
+    .decode_end = cluster_kv_decode_end,
+    .reads = cluster_kv_reads,
+};
+
+const struct policy_vt policy_cluster_kv_host = {
+    .name = "cluster_kv",
+    .paper = "ClusterKV, arXiv 2412.03213",
+    .open = cluster_kv_open,
+    .close = cluster_kv_close,
+    .prefill_end = cluster_kv_prefill_end,
+    .select = cluster_kv_select,
     .begin_decode = cluster_kv_begin,
     .decode_attention = cluster_kv_attend,
     .decode_end = cluster_kv_decode_end,

@@ -107,7 +107,7 @@ static struct policy_reads h2o_reads(const struct policy *policy, const struct p
                                      int before)
 {
     (void)policy, (void)sequence, (void)before;
-    return (struct policy_reads){kept + 1, 0};
+    return (struct policy_reads){.tokens = kept + 1};
 }
 
 const struct policy_vt policy_h2o = {

@@ -65,7 +65,7 @@ static int quest_decode_attention(struct policy *policy, const struct policy_dec
     struct page_pick pick = s->pick;
     pick.score = tensor_rows(pick.score, 0, (int64_t)in->batch->n_seqs * heads->n_kv_heads);
     TRY(ops_pick_pages(env->ops, in->q, in->batch, env->kv, heads, &pick));
-    const struct kv_list list = {pick.entry, pick.count, pick.stride};
+    const struct kv_list list = {.entry = pick.entry, .count = pick.count, .stride = pick.stride};
     return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
 }
 
@@ -77,10 +77,10 @@ static struct policy_reads quest_reads(const struct policy *policy, const struct
     const int full = most < env->n_layers ? most : env->n_layers, layers = env->n_layers - full;
     const double lane = kept + before + 1, pages = ceil(lane / size);
     const int limit = quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, size);
-    if (limit >= pages) return (struct policy_reads){lane, 0};
+    if (limit >= pages) return (struct policy_reads){.tokens = lane};
     const double bounds = 2.0 * env->kv->head_dim * (double)dtype_size(env->ops->dtype);
-    return (struct policy_reads){(full * lane + layers * (double)limit * size) / env->n_layers,
-                                 (int64_t)(policy_kv_heads(policy) * layers * pages * bounds)};
+    return (struct policy_reads){.tokens = (full * lane + layers * (double)limit * size) / env->n_layers,
+                                 .beside_bytes = (int64_t)(policy_kv_heads(policy) * layers * pages * bounds)};
 }
 
 const struct policy_vt policy_quest = {

@@ -22,7 +22,7 @@ static struct clusters clusters_take(struct cuda_fixture *f, const struct cache 
     x.centroid = twin_3d(f, (int64_t)rows, max_clusters, c->cpu.head_dim, 0, 0);
     x.size = pair_of(f, NULL, rows * (size_t)max_clusters * sizeof(int32_t));
     x.entry = pair_of(f, NULL, rows * (size_t)max_entries * sizeof(int32_t));
-    x.state = pair_of(f, NULL, (size_t)c->cpu.n_slots * sizeof(struct cluster_state));
+    x.state = pair_of(f, NULL, rows * sizeof(struct cluster_state));
     x.gpu = x.cpu;
     x.gpu.centroid = x.centroid.gpu, x.cpu.centroid = x.centroid.cpu;
     x.gpu.size = x.size.gpu, x.cpu.size = x.size.cpu;
@@ -145,7 +145,15 @@ static void compare_clusters(struct cuda_fixture *f, struct shape s)
         for (int j = 0; j < s.n_clusters; j++) centre[i * s.n_clusters + j] = first + j * step;
     }
     struct pair p = pair_of(f, centre, (size_t)(lanes * s.n_clusters) * sizeof *centre);
-    struct cluster_job gpu = {1, s.first_entry, s.n_entries, 3, s.n_clusters, 2, s.iterations, p.gpu}, cpu = gpu;
+    struct cluster_job gpu = {.slot = 1,
+                              .first_entry = s.first_entry,
+                              .n_entries = s.n_entries,
+                              .first_cluster = 3,
+                              .n_clusters = s.n_clusters,
+                              .first_place = 2,
+                              .iterations = s.iterations,
+                              .centre = p.gpu},
+                       cpu = gpu;
     cpu.centre = p.cpu;
     RUN(f, ops_cluster_keys(&f->gpu, &c.gpu, &x.gpu, &gpu));
     RUN(f, ops_cluster_keys(&f->cpu->ops, &c.cpu, &x.cpu, &cpu));
@@ -223,12 +231,22 @@ static void compare_choice(struct cuda_fixture *f, int dim, int n_kv_heads, int 
     cuda_what(f, "choice from %d clusters of %d entries, %d/%d heads of %d%s", n_clusters, n, n_kv_heads * group,
               n_kv_heads, dim, mean ? ", mean" : "");
     for (int s = 0; s < SLOTS; s++) {
-        for (int i = 0; i < n_kv_heads + 2; i++) invent_clusters(f, &x, s * (n_kv_heads + 2) + i, n_clusters, n);
+        const int budget = fixture_int(f->cpu, 1, s == 0 ? n : s == 3 ? 2 * n : n / 8 + 1);
+        for (int i = 0; i < n_kv_heads + 2; i++) {
+            const int row = s * (n_kv_heads + 2) + i;
+            invent_clusters(f, &x, row, n_clusters, n);
+            state[row] = (struct cluster_state){n_clusters, FIRST, FIRST + n, budget, 0};
+            if (s < 2) continue;
+            state[row].end = FIRST + (s == 2 ? n / 2 : 0); /* the others lie in host memory */
+            state[row].n_host = n - (state[row].end - FIRST);
+            for (int j = 0; j < n; j++)
+                if (x.cpu.entry[row * n + j] >= state[row].end) x.cpu.entry[row * n + j] = ~x.cpu.entry[row * n + j];
+        }
         for (int i = 0; i < n_kv_heads + 3; i++)
-            ((int32_t *)length.cpu)[s * (n_kv_heads + 3) + i] = FIRST + n + (s == 1 ? 0 : 40 - s);
-        state[s] = (struct cluster_state){n_clusters, FIRST, FIRST + n, fixture_int(f->cpu, 1, s == 0 ? n : n / 8 + 1)};
+            ((int32_t *)length.cpu)[s * (n_kv_heads + 3) + i] = state[s * (n_kv_heads + 2)].end + (s == 1 ? 0 : 40 - s);
     }
-    if (n > 30) state[2].n_clusters = 0; /* this slot reads its whole lanes */
+    /* These lanes are read whole. */
+    for (int i = 0; i < n_kv_heads + 2 && n > 30; i += 2) state[2 * (n_kv_heads + 2) + i].n_clusters = 0;
     pair_send(f, length);
     pair_send(f, x.size);
     pair_send(f, x.entry);

@@ -73,7 +73,7 @@ static struct lists take_lists(struct cuda_fixture *f, const struct layer *x, in
     }
     struct pair e = pair_of(f, entry, sizeof *entry * (size_t)lists * (size_t)stride);
     struct pair c = pair_of(f, count, sizeof *count * (size_t)lists);
-    return (struct lists){{e.gpu, c.gpu, stride}, {e.cpu, c.cpu, stride}};
+    return (struct lists){{e.gpu, c.gpu, stride, NULL, NULL}, {e.cpu, c.cpu, stride, NULL, NULL}};
 }
 
 /* Rows alone, from the same lanes: the same bits as in the batch. */
@@ -84,7 +84,7 @@ static void compare_alone(struct cuda_fixture *f, const struct layer *x, const s
     for (int i = 0; i < x->rows; i++) {
         const struct seq_batch one = {.n_seqs = 1, .n_tokens = 1, .slot = x->b.gpu.slot + i};
         const struct kv_list list = {l->gpu.entry + (int64_t)i * heads * l->gpu.stride, l->gpu.count + i * heads,
-                                     l->gpu.stride};
+                                     l->gpu.stride, NULL, NULL};
         RUN(f, ops_attention_decode_listed(&f->gpu, twin_rows(alone, i, 1).gpu, twin_rows(x->q, i, 1).gpu, &one,
                                            &x->c.gpu, &x->heads, &list));
     }

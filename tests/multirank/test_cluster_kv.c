@@ -71,12 +71,12 @@ static void check_worked_selection(struct fixture *f, const struct kv_view *kv, 
     int32_t entry[12], count;
     float out[2], q[2];
     for (int d = 0; d < 2; d++) q[d] = (float)cJSON_GetArrayItem(vectors_get(selection, "q"), d)->valuedouble;
-    c->state[0] = (struct cluster_state){3, 2, 12, vectors_int(selection, "B")};
+    c->state[0] = (struct cluster_state){3, 2, 12, vectors_int(selection, "B"), 0};
     CHECK_OK(ops_select_clusters(&f->ops, entry, &count, 12, tensor_3d(q, DTYPE_F32, 1, 1, 2), false, &batch, kv,
                                  &heads, c));
     const int all = c->state[0].budget == 10;
     CHECK(all ? count == -1 : list_is(entry, count, 2, vectors_get(selection, "selected"), 12));
-    const struct kv_list list = {entry, &count, 12};
+    const struct kv_list list = {entry, &count, 12, NULL, NULL};
     CHECK_OK(ops_attention_decode_listed(&f->ops, tensor_3d(out, DTYPE_F32, 1, 1, 2), tensor_3d(q, DTYPE_F32, 1, 1, 2),
                                          &batch, kv, &heads, &list));
     for (int d = 0; d < 2; d++)
@@ -219,7 +219,7 @@ static int select_head(struct bench *b, const cJSON *selection, int32_t *entry)
         q = own;
         heads.n_heads = n_kv;
     }
-    c->state[0].budget = vectors_int(selection, "B");
+    for (int i = 0; i < c->n_lanes; i++) c->state[i].budget = vectors_int(selection, "B");
     CHECK_OK(ops_select_clusters(&b->f->ops, lists, count, c->max_entries, q, !strcmp(share, "mean"), &batch, &b->kv,
                                  &heads, c));
     for (int i = 0; i < count[local]; i++) entry[i] = lists[local * c->max_entries + i];

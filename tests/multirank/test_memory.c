@@ -25,7 +25,7 @@ static struct share plan_share(const struct config *config, const struct model_d
     struct comm comm = {.rank = rank, .size = n_ranks, .local_rank = rank, .local_size = n_ranks};
     struct resources r;
     DEMAND(resources_open(config, dims, ops, &comm, &r));
-    DEMAND(plan_measure(&r, checkpoint, 0, plan));
+    DEMAND(plan_measure(&r, checkpoint, 0, 0, plan));
     resources_close(&r);
     return (struct share){row_bytes(plan, "decoder weights"), row_bytes(plan, "vision weights"), plan->lanes,
                           (int64_t)plan->page_bytes, 0};

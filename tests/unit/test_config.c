@@ -134,7 +134,7 @@ static void test_types_and_ranges(void)
     refuse("kv_cache: {dtype: float16}\n",
            "kv_cache.dtype: float16 is not served by this build; it serves auto, float32, fp8 or int8");
     refuse("kv_cache: {heads: adaptiv}\n", "kv_cache.heads must be equal or adaptive");
-    refuse("kv_cache: {evicted: host}\n", "host is not served by this build; it serves free");
+    refuse("kv_cache: {evicted: hos}\n", "kv_cache.evicted must be free or host");
     char long_path[CONFIG_PATH_BYTES + 64] = "model: ";
     memset(long_path + 7, 'x', CONFIG_PATH_BYTES);
     refuse(long_path, "model: the value has 4096 bytes, the limit is 4095");

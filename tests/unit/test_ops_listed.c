@@ -58,7 +58,7 @@ static struct kv_list draw_lists(struct layer *x, int stride, int least)
             entry[i * stride + j] = j < count[i] ? drawn : 1 << 30; /* beyond the count nobody may look */
         }
     }
-    return (struct kv_list){entry, count, stride};
+    return (struct kv_list){entry, count, stride, NULL, NULL};
 }
 
 /* The reference: query head h of a row over its list, in double. */
@@ -124,7 +124,7 @@ static void test_whole(void)
     const int lists = 10, stride = 600;
     int32_t *entry = fixture_take(x.f, sizeof *entry * (size_t)(lists * stride)), count[10];
     struct tensor want = fixture_3d(x.f, 5, 6, 64, 0), out = fixture_3d(x.f, 5, 6, 64, 0);
-    struct kv_list list = {entry, count, 1};
+    struct kv_list list = {entry, count, 1, NULL, NULL};
     for (int i = 0; i < lists; i++) count[i] = -1;
     CHECK_OK(ops_attention_decode(&x.f->ops, want, x.q, &x.batch, &x.kv, &x.heads));
     CHECK_OK(ops_attention_decode_listed(&x.f->ops, out, x.q, &x.batch, &x.kv, &x.heads, &list));

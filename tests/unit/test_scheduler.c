@@ -78,7 +78,7 @@ static struct sim *sim_open(int max_len, int batched, int queued, int64_t total)
     CHECK(limits.image_bytes == IMAGE_BYTES);
     CHECK_OK(pages_open(RANKS, LAYERS, 16, SLOTS, s->heads, total, &s->pages));
     CHECK_OK(step_message_open(&s->message, &limits));
-    struct scheduler_options options = {&s->config, &s->dims, s->pages, TOKEN_BYTES, IMAGE_BYTES};
+    struct scheduler_options options = {&s->config, &s->dims, s->pages, NULL, TOKEN_BYTES, IMAGE_BYTES};
     CHECK_OK(scheduler_open(&options, &s->scheduler));
     scheduler_use_tokenizer(s->scheduler, tokenizer);
     static const struct policy_vt made_up = {.name = "made up"};
