@@ -27,7 +27,7 @@ case_start() {
     shift 4
     # A stopped rank is found by its heartbeat; where there is none yet, by the time that the start takes.
     timeout=300
-    case $phase-$action in start-* | *-hang) timeout=3 ;; esac
+    case $phase-$action in start-* | *-hang) timeout=5 ;; esac
     start "$ranks" "$@" --watchdog-timeout $timeout --inject-fault "rank=$rank,phase=$phase,action=$action"
     all_gone "$start_limit"
     where="during $phase(, step [0-9]+)?: "
