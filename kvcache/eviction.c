@@ -1,27 +1,24 @@
 #include "kvcache/eviction.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 static const char label[] = "policy state";
 
-static void find_sizes(const struct policy_env *env, struct eviction *e)
+static void count_lanes(const struct policy_env *env, struct eviction *e)
 {
-    e->max_heads = 1;
     for (int l = 0; l < env->n_layers; l++) {
-        const struct attention_heads *heads = &env->layers[l].heads;
-        if (heads->n_heads > e->max_heads) e->max_heads = heads->n_heads;
         e->layer_first[l] = e->n_lanes;
-        e->n_lanes += heads->n_kv_heads;
+        e->n_lanes += env->layers[l].heads.n_kv_heads;
     }
 }
 
 int eviction_open(struct eviction *e, const struct policy_env *env, struct arena *arena)
 {
     *e = (struct eviction){.layer_first = calloc((size_t)env->n_layers, sizeof *e->layer_first),
+                           .window = calloc((size_t)env->n_layers, sizeof *e->window),
                            .group = calloc((size_t)env->n_layers, sizeof *e->group)};
-    if (!e->layer_first || !e->group) FAIL(ERR_NOMEM, "policy: out of memory");
-    find_sizes(env, e);
+    if (!e->layer_first || !e->window || !e->group) FAIL(ERR_NOMEM, "policy: out of memory");
+    count_lanes(env, e);
     size_t lanes = (size_t)e->n_lanes;
     e->lane_k = calloc(lanes + 1, sizeof *e->lane_k);
     e->lane_window = calloc(lanes + 1, sizeof *e->lane_window);
@@ -34,6 +31,7 @@ int eviction_open(struct eviction *e, const struct policy_env *env, struct arena
 void eviction_close(struct eviction *e)
 {
     free(e->layer_first);
+    free(e->window);
     free(e->group);
     free(e->lane_k);
     free(e->lane_window);
@@ -47,7 +45,7 @@ float *eviction_scores(const struct eviction *e, const struct policy_sequence *s
 
 int eviction_tokens(struct kv_budget budget, int m)
 {
-    int k = (int)floor(kv_budget_share(budget, m) * m + 1e-9);
+    int k = policy_floor(kv_budget_share(budget, m) * m);
     return k < 1 ? 1 : k > m ? m : k;
 }
 
@@ -69,7 +67,7 @@ static int share_out(struct policy *policy, struct eviction *e, struct tensor sc
         e->group[n_groups++] = (struct budget_group){.first_row = first,
                                                      .n_rows = heads,
                                                      .n_columns = (int)score.dim[1] - window,
-                                                     .own = (int)floor(policy->config.heads_floor * own + 1e-9),
+                                                     .own = policy_floor(policy->config.heads_floor * own),
                                                      .total = heads * own};
     }
     TRY(ops_split_budgets(env->ops, e->share, score, e->group, n_groups));

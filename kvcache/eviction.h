@@ -12,9 +12,9 @@ struct eviction {
     int32_t *index;       /* [lanes, max_context] the keep lists of one sequence, device */
     int32_t *share;       /* [lanes] budgets of adaptive heads, device */
     int64_t *layer_first; /* [n_layers] KV heads of this rank in the layers before, host */
+    int *window;          /* [n_layers] host: room for what eviction_keep is given */
     struct budget_group *group; /* [n_layers] host */
     int64_t n_lanes;            /* of a slot on this rank */
-    int max_heads;              /* most query heads of a layer */
 };
 
 /* eviction_open - places scores for all prompts that end in one step, and the lists of one sequence, in the arena.

@@ -208,6 +208,24 @@ int policy_kv_heads(const struct policy *policy)
     return policy->env.g_n_heads / (heads->n_heads / heads->n_kv_heads);
 }
 
+int policy_most_heads(const struct policy_env *env)
+{
+    int most = 1;
+    for (int l = 0; l < env->n_layers; l++)
+        if (env->layers[l].heads.n_heads > most) most = env->layers[l].heads.n_heads;
+    return most;
+}
+
+int policy_most_kv_heads(const struct policy_env *env)
+{
+    int most = 1;
+    for (int l = 0; l < env->n_layers; l++)
+        if (env->layers[l].heads.n_kv_heads > most) most = env->layers[l].heads.n_kv_heads;
+    return most;
+}
+
+bool policy_speaks(const struct policy *policy) { return policy->env.comm->rank == 0; }
+
 int policy_sum_scores(struct policy *policy, int64_t *scores, int64_t n)
 {
     if (policy->env.comm->size == 1) return OK;

@@ -8,6 +8,7 @@
 #ifndef VITRAIL_KVCACHE_POLICY_H
 #define VITRAIL_KVCACHE_POLICY_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -303,8 +304,18 @@ int policy_judging_rows(const struct policy *policy, const struct policy_sequenc
 struct policy_reads policy_step_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
                                       int before);
 
-/* policy_kv_heads - KV heads of a layer over all ranks. */
+/* policy_kv_heads - KV heads of a layer over all ranks. policy_most_heads, policy_most_kv_heads - the most query and KV
+ * heads that a layer has on this rank. */
 int policy_kv_heads(const struct policy *policy);
+int policy_most_heads(const struct policy_env *env);
+int policy_most_kv_heads(const struct policy_env *env);
+
+/* policy_floor - a product that is whole but for rounding keeps its whole value, in any order of multiplication (rule
+ * of record 7). */
+static inline int policy_floor(double x) { return (int)floor(x + 1e-9); }
+
+/* policy_speaks - of a message that every rank could give, this one gives it. */
+bool policy_speaks(const struct policy *policy);
 
 /* policy_sum_counts - sums n int64 (host) over ranks, exactly. policy_sum_scores - the same for device memory, in the
  * stream's order. Collective. */

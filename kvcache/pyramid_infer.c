@@ -2,9 +2,6 @@
 
 #include <math.h>
 
-/* Floors of products of real numbers: the same in every order of multiplication. */
-static int floor_guarded(double x) { return (int)floor(x + 1e-9); }
-
 static int least(int a, int b) { return a < b ? a : b; }
 
 void pyramid_infer_decay(int n_layers, double *decay)
@@ -17,7 +14,7 @@ double pyramid_infer_ratio(double decay, double r) { return (1 - r) * decay + r;
 
 int pyramid_infer_window(const struct pyramid_shape *shape, double rho)
 {
-    return least(shape->tokens, shape->window ? shape->window : floor_guarded(rho * shape->tokens) + 1);
+    return least(shape->tokens, shape->window ? shape->window : policy_floor(rho * shape->tokens) + 1);
 }
 
 int64_t pyramid_infer_schedule(const struct pyramid_shape *shape, double rho, double r, int *stored, int *keep,
@@ -32,7 +29,7 @@ int64_t pyramid_infer_schedule(const struct pyramid_shape *shape, double rho, do
         int k = -1;
         if (stored) stored[l] = n;
         total += n;
-        if (l % shape->interval == 0 && context > smallest && ratio < 1) k = floor_guarded(context * ratio);
+        if (l % shape->interval == 0 && context > smallest && ratio < 1) k = policy_floor(context * ratio);
         if (k <= smallest || k >= context) k = -1; /* pruning stops there, it does not clamp */
         if (keep) keep[l] = k;
         if (k >= 0) n = k + window;
@@ -77,7 +74,7 @@ void pyramid_infer_row_weights(int n, double newest, float *weight)
 
 int pyramid_infer_block_keep(double layer_decay, int block, double compress, double decay)
 {
-    int keep = floor_guarded(block * compress * pyramid_infer_ratio(layer_decay, decay));
+    int keep = policy_floor(block * compress * pyramid_infer_ratio(layer_decay, decay));
     return keep < 1 ? 1 : keep > block ? block : keep;
 }
 
@@ -86,7 +83,7 @@ void pyramid_infer_blocks(const struct pyramid_generation *generation, int steps
     int length = generation->tokens, base = length, rows = generation->window, n = 0;
     for (int b = 0; b < max_blocks; b++) settled[2 * b] = INT32_MAX, settled[2 * b + 1] = 1;
     for (int t = 0; t < steps && n < max_blocks; t++) {
-        const int recent = floor_guarded(generation->rho * ++length);
+        const int recent = policy_floor(generation->rho * ++length);
         rows = least(rows + 1, recent + 1);
         if (length - recent - base < generation->block) continue;
         settled[2 * n] = t;

@@ -3,9 +3,6 @@
 #include <math.h>
 #include <string.h>
 
-/* Rule of record 7: a product that is whole but for rounding keeps its whole value, in any order of multiplication. */
-static int floor_guarded(double x) { return (int)floor(x + 1e-9); }
-
 static int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 static double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
@@ -70,14 +67,14 @@ static void add_remainders(const double *share, int *k, int n, int m)
 {
     double total = 0;
     for (int l = 0; l < n; l++) total += share[l] * m;
-    int left = floor_guarded(total);
+    int left = policy_floor(total);
     for (int l = 0; l < n; l++) left -= k[l];
     int64_t previous = INT64_MAX; /* remainder and layer of the last one served, as one descending key */
     while (left > 0) {
         int best = -1;
         int64_t best_key = -1;
         for (int l = 0; l < n; l++) {
-            int64_t micro = (int64_t)floor((share[l] * m - floor_guarded(share[l] * m)) * 1e6 + 0.5);
+            int64_t micro = (int64_t)floor((share[l] * m - policy_floor(share[l] * m)) * 1e6 + 0.5);
             int64_t key = (micro + 1) * (n + 1) + (n - l);
             if (key < previous && key > best_key) {
                 best_key = key;
@@ -107,7 +104,7 @@ void vl_cache_budgets(const struct vl_cache_options *options, const int64_t *kep
         for (int l = 0; l < n_layers; l++)
             share[l] = clamp((double)kept[l] / total * alpha * n_layers, options->clip_min, options->clip_max);
     }
-    for (int l = 0; l < n_layers; l++) k[l] = clamp_int(floor_guarded(share[l] * m), 0, m);
+    for (int l = 0; l < n_layers; l++) k[l] = clamp_int(policy_floor(share[l] * m), 0, m);
     if (options->rounding == VL_CACHE_LARGEST_REMAINDER) add_remainders(share, k, n_layers, m);
     for (int l = 0; l < n_layers; l++) k[l] = clamp_int(k[l], 1, m);
 }
@@ -115,5 +112,5 @@ void vl_cache_budgets(const struct vl_cache_options *options, const int64_t *kep
 int vl_cache_window(const struct vl_cache_options *options, int k, int m, double alpha)
 {
     double base = options->window_of == VL_CACHE_WINDOW_OF_PROMPT ? alpha * m : k;
-    return clamp_int(floor_guarded(options->window * base), 1, k);
+    return clamp_int(policy_floor(options->window * base), 1, k);
 }

@@ -79,12 +79,13 @@ int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_contex
 
 /* ---- state ---- */
 
-static int place_clusters(struct policy *policy, struct cluster_kv *s, int most_heads, struct arena *arena)
+static int place_clusters(struct policy *policy, struct cluster_kv *s, struct arena *arena)
 {
     const struct policy_env *env = &policy->env;
     const struct kv_view *kv = env->kv;
     struct kv_clusters *c = &s->clusters;
-    const size_t rows = (size_t)kv->n_slots * (size_t)c->n_lanes, lists = (size_t)(kv->n_slots * most_heads);
+    const size_t rows = (size_t)kv->n_slots * (size_t)c->n_lanes,
+                 lists = (size_t)(kv->n_slots * policy_most_kv_heads(env));
     const size_t centres = (size_t)c->n_lanes * (size_t)c->max_clusters;
     const struct tensor centroid = tensor_3d(NULL, env->ops->dtype, (int64_t)rows, c->max_clusters, kv->head_dim);
     TRY(arena_tensor(arena, centroid, label, &c->centroid));
@@ -170,7 +171,6 @@ static int cluster_kv_open(struct policy *policy, struct arena *arena)
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
     const int64_t most = cluster_kv_most(options, env->max_context);
     struct cluster_kv *s = calloc(1, sizeof *s);
-    int most_heads = 0;
     policy->state = s;
     if (!s) FAIL(ERR_NOMEM, "cluster_kv: out of memory");
     if (options->full_layers >= env->n_layers) return OK; /* no layer has clusters */
@@ -180,13 +180,11 @@ static int cluster_kv_open(struct policy *policy, struct arena *arena)
              "tokens_per_cluster (%d) or window over window_clusters (%d / %d), or lower max_model_len",
              env->max_context, (long long)most, MOST_CLUSTERS, options->tokens_per_cluster, options->window,
              options->window_clusters);
-    for (int l = options->full_layers; l < env->n_layers; l++)
-        if (env->layers[l].heads.n_kv_heads > most_heads) most_heads = env->layers[l].heads.n_kv_heads;
     s->clusters.first_lane = env->layers[options->full_layers].heads.lane;
     s->clusters.n_lanes = env->kv->lanes_per_slot - s->clusters.first_lane;
     s->clusters.max_clusters = (int)most;
     s->stride = s->clusters.max_entries = env->kv->max_pages * env->kv->page_size;
-    TRY(place_clusters(policy, s, most_heads, arena));
+    TRY(place_clusters(policy, s, arena));
     if (!env->host) return OK;
     TRY(place_eviction(policy, s, arena));
     return place_recent(policy, s, arena);

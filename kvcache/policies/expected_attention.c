@@ -3,14 +3,14 @@
  * The prompt's queries before their rotation, but for the first ones, are taken for draws from a Gaussian, one for each
  * query head; turned by the mean rotation of the positions to come it stands for the queries of any later question. A
  * token's score is the attention that they should pay it, averaged over the KV head's query heads, times the length of
- * its value. The first tokens always stay. All of it is local to a KV head, and works best with adaptive heads. */
+ * its value. The first tokens always stay. All of it is local to a KV head; the paper combines it with
+ * adaptive heads. */
 #include <stdlib.h>
 
 #include "kvcache/eviction.h"
 
 struct expected {
     struct eviction eviction;
-    int *window; /* [n_layers] host */
 };
 
 static int expected_open(struct policy *policy, struct arena *arena)
@@ -18,10 +18,7 @@ static int expected_open(struct policy *policy, struct arena *arena)
     struct expected *x = calloc(1, sizeof *x);
     policy->state = x;
     if (!x) FAIL(ERR_NOMEM, "expected_attention: out of memory");
-    TRY(eviction_open(&x->eviction, &policy->env, arena));
-    x->window = calloc((size_t)policy->env.n_layers, sizeof *x->window);
-    if (!x->window) FAIL(ERR_NOMEM, "expected_attention: out of memory");
-    return OK;
+    return eviction_open(&x->eviction, &policy->env, arena);
 }
 
 static void expected_close(struct policy *policy)
@@ -29,7 +26,6 @@ static void expected_close(struct policy *policy)
     struct expected *x = policy->state;
     if (!x) return;
     eviction_close(&x->eviction);
-    free(x->window);
     free(x);
 }
 
@@ -71,8 +67,8 @@ static int expected_select(struct policy *policy, const struct policy_sequence *
                            struct policy_keep *out)
 {
     struct expected *x = policy->state;
-    for (int l = 0; l < policy->env.n_layers; l++) x->window[l] = policy->config.expected_attention.window;
-    return eviction_keep(policy, &x->eviction, sequence, k, x->window, out);
+    for (int l = 0; l < policy->env.n_layers; l++) x->eviction.window[l] = policy->config.expected_attention.window;
+    return eviction_keep(policy, &x->eviction, sequence, k, x->eviction.window, out);
 }
 
 const struct policy_vt policy_expected_attention = {

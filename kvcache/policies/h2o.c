@@ -3,7 +3,6 @@
  * A token's score is all the attention that it has received, from every row of the prompt and from every token that was
  * generated since. A lane keeps the newest tokens and the best-scored others, and stays that large: each generated
  * token pushes one out. All of it is local to a KV head. The whole prompt judges, so it must come in one piece. */
-#include <math.h>
 #include <stdlib.h>
 
 #include "kvcache/eviction.h"
@@ -12,7 +11,6 @@
 struct h2o {
     struct eviction eviction;
     struct heavy_hitters heavy;
-    int *window; /* [n_layers] host */
 };
 
 const struct heavy_hitters *h2o_account(const struct policy *policy)
@@ -29,8 +27,6 @@ static int h2o_open(struct policy *policy, struct arena *arena)
     policy->state = h;
     if (!h) FAIL(ERR_NOMEM, "h2o: out of memory");
     TRY(eviction_open(&h->eviction, env, arena));
-    h->window = calloc((size_t)env->n_layers, sizeof *h->window);
-    if (!h->window) FAIL(ERR_NOMEM, "h2o: out of memory");
     h->heavy.stride = env->max_context + 1;
     size_t lanes = (size_t)env->kv->n_slots * (size_t)h->eviction.n_lanes, cells = lanes * (size_t)h->heavy.stride;
     TRY(arena_take(arena, cells * sizeof *h->heavy.score, label, &h->heavy.score));
@@ -44,7 +40,6 @@ static void h2o_close(struct policy *policy)
     struct h2o *h = policy->state;
     if (!h) return;
     eviction_close(&h->eviction);
-    free(h->window);
     free(h);
 }
 
@@ -70,10 +65,10 @@ static int h2o_select(struct policy *policy, const struct policy_sequence *seque
 {
     struct h2o *h = policy->state;
     for (int l = 0; l < policy->env.n_layers; l++) {
-        int recent = (int)floor(policy->config.h2o.recent * k[l] + 1e-9);
-        h->window[l] = recent < 1 ? 1 : recent;
+        int recent = policy_floor(policy->config.h2o.recent * k[l]);
+        h->eviction.window[l] = recent < 1 ? 1 : recent;
     }
-    return eviction_keep(policy, &h->eviction, sequence, k, h->window, out);
+    return eviction_keep(policy, &h->eviction, sequence, k, h->eviction.window, out);
 }
 
 /* A slot whose prompt was not compressed has no limits either, nor has one from its first follow-up on: the tokens that

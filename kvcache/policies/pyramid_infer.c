@@ -65,10 +65,7 @@ static int open_thinning(struct policy *policy, struct thinning *t, struct arena
     const double rho = options->target_ratio && options->recent_ratio < 0.2 ? 0.2 : options->recent_ratio;
     const size_t slots = (size_t)env->kv->n_slots;
     struct decode_judges *j = &t->judges;
-    int heads = 1;
     if (!block) return OK;
-    for (int l = 0; l < layers; l++)
-        heads = env->layers[l].heads.n_heads > heads ? env->layers[l].heads.n_heads : heads;
     j->block_tokens = block;
     j->newest = (float)options->recent_weight;
     j->max_blocks = env->max_context / block + 2;
@@ -89,7 +86,7 @@ static int open_thinning(struct policy *policy, struct thinning *t, struct arena
     TRY(arena_take(arena, 2 * slots * sizeof(int32_t), label, &t->progress));
     TRY(arena_take(arena, 2 * slots * (size_t)j->max_blocks * sizeof(int32_t), label, &t->block));
     TRY(arena_take(arena, slots * (size_t)j->slot_stride * sizeof(int64_t), label, &t->sum));
-    TRY(arena_take(arena, slots * (size_t)heads * sizeof(float), label, &t->log_sum));
+    TRY(arena_take(arena, slots * (size_t)policy_most_heads(env) * sizeof(float), label, &t->log_sum));
     TRY(arena_take(arena, (size_t)(layers * block) * sizeof(int32_t), label, &t->index));
     j->progress = t->progress;
     j->block = t->block;
@@ -101,7 +98,6 @@ static int pyramid_open(struct policy *policy, struct arena *arena)
     const struct policy_env *env = &policy->env;
     const size_t layers = (size_t)env->n_layers;
     struct pyramid_infer *p = calloc(1, sizeof *p);
-    size_t heads = 1;
     policy->state = p;
     if (!p) FAIL(ERR_NOMEM, "pyramid_infer: out of memory");
     p->decay = calloc(layers, sizeof *p->decay);
@@ -117,8 +113,7 @@ static int pyramid_open(struct policy *policy, struct arena *arena)
         p->plan[i].stored = p->lengths + 2 * i * layers;
         p->plan[i].keep = p->plan[i].stored + layers;
     }
-    for (size_t l = 0; l < layers; l++)
-        if ((size_t)env->layers[l].heads.n_heads > heads) heads = (size_t)env->layers[l].heads.n_heads;
+    const size_t heads = (size_t)policy_most_heads(env);
     TRY(arena_take(arena, heads * (size_t)env->max_context * sizeof *p->column, label, &p->column));
     TRY(arena_take(arena, (size_t)env->max_prompt_tokens * sizeof *p->weight, label, &p->weight));
     TRY(arena_take(arena, (size_t)env->max_prompt_tokens * sizeof *p->score, label, &p->score));
@@ -162,7 +157,7 @@ static void solve(const struct policy *policy, struct plan *plan)
     plan->r = options->ratio;
     if (options->target_ratio) {
         double mean = pyramid_infer_solve(&plan->shape, plan->share, &plan->rho, &plan->r);
-        if (!(fabs(mean - plan->share) <= PYRAMID_INFER_WITHIN) && !p->told && policy->env.comm->rank == 0) {
+        if (!(fabs(mean - plan->share) <= PYRAMID_INFER_WITHIN) && !p->told && policy_speaks(policy)) {
             log_line(LOG_WARNING,
                      "pyramid_infer: no schedule keeps %.3f of a prompt of %d tokens as the mean of %d layers; the "
                      "nearest keeps %.3f (said once)",

@@ -18,10 +18,7 @@ static int quest_open(struct policy *policy, struct arena *arena)
     struct quest *s = calloc(1, sizeof *s);
     policy->state = s;
     if (!s) FAIL(ERR_NOMEM, "quest: out of memory");
-    int64_t heads = 1;
-    for (int l = 0; l < env->n_layers; l++)
-        if (env->layers[l].heads.n_kv_heads > heads) heads = env->layers[l].heads.n_kv_heads;
-    const int64_t lists = kv->n_slots * heads;
+    const int64_t lists = (int64_t)kv->n_slots * policy_most_kv_heads(env);
     s->pick.stride = kv->max_pages * kv->page_size;
     struct tensor bounds = tensor_3d(NULL, env->ops->dtype, kv->n_pages, 2, kv->head_dim);
     TRY(arena_tensor(arena, bounds, label, &s->pick.bounds));

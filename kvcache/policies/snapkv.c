@@ -12,8 +12,7 @@
 
 struct snapkv {
     struct eviction eviction;
-    float *raw;  /* [max KV heads, max_context] scores of one layer before they are averaged, device */
-    int *window; /* [n_layers] host */
+    float *raw; /* [most KV heads, max_context] scores of one layer before they are averaged, device */
 };
 
 /* Window and kernel of whichever of them this is. */
@@ -38,11 +37,7 @@ static int snapkv_open(struct policy *policy, struct arena *arena)
     policy->state = s;
     if (!s) FAIL(ERR_NOMEM, "snapkv: out of memory");
     TRY(eviction_open(&s->eviction, env, arena));
-    s->window = calloc((size_t)env->n_layers, sizeof *s->window);
-    if (!s->window) FAIL(ERR_NOMEM, "snapkv: out of memory");
-    size_t heads = 1;
-    for (int l = 0; l < env->n_layers; l++)
-        if ((size_t)env->layers[l].heads.n_kv_heads > heads) heads = (size_t)env->layers[l].heads.n_kv_heads;
+    const size_t heads = (size_t)policy_most_kv_heads(env);
     return arena_take(arena, heads * (size_t)env->max_context * sizeof *s->raw, "policy state", &s->raw);
 }
 
@@ -51,7 +46,6 @@ static void snapkv_close(struct policy *policy)
     struct snapkv *s = policy->state;
     if (!s) return;
     eviction_close(&s->eviction);
-    free(s->window);
     free(s);
 }
 
@@ -84,7 +78,7 @@ void pyramid_kv_budgets(const struct pyramid_kv_options *options, int cap, int m
     int window = options->window, b = cap - window;
     for (int l = 0; l < n_layers; l++) k[l] = cap < m ? cap : m;
     if (b <= 0 || n_layers == 1 || m <= cap) return;
-    int least = (int)(b / options->beta + 1e-9), most = 2 * b - least;
+    int least = policy_floor(b / options->beta), most = 2 * b - least;
     if (most >= m - window) {
         most = m - window;
         least = 2 * b - most;
@@ -104,8 +98,8 @@ static int snapkv_select(struct policy *policy, const struct policy_sequence *se
                          struct policy_keep *out)
 {
     struct snapkv *s = policy->state;
-    for (int l = 0; l < policy->env.n_layers; l++) s->window[l] = window_of(policy, sequence->prompt_tokens);
-    return eviction_keep(policy, &s->eviction, sequence, k, s->window, out);
+    for (int l = 0; l < policy->env.n_layers; l++) s->eviction.window[l] = window_of(policy, sequence->prompt_tokens);
+    return eviction_keep(policy, &s->eviction, sequence, k, s->eviction.window, out);
 }
 
 const struct policy_vt policy_snapkv = {

@@ -12,7 +12,6 @@
 
 struct positional {
     struct eviction eviction;
-    int *window;      /* [n_layers] host */
     float *host;      /* [max_context] scores of one lane, host */
     int32_t *drawing; /* [max_context] */
 };
@@ -25,10 +24,9 @@ static int positional_open(struct policy *policy, struct arena *arena)
     policy->config.heads = KV_HEADS_EQUAL; /* no scores to compete by: in a tie the first head would take all sinks */
     if (!p) FAIL(ERR_NOMEM, "%s: out of memory", policy->vt->name);
     TRY(eviction_open(&p->eviction, env, arena));
-    p->window = calloc((size_t)env->n_layers, sizeof *p->window);
     p->host = calloc((size_t)env->max_context, sizeof *p->host);
     p->drawing = calloc((size_t)env->max_context, sizeof *p->drawing);
-    if (!p->window || !p->host || !p->drawing) FAIL(ERR_NOMEM, "%s: out of memory", policy->vt->name);
+    if (!p->host || !p->drawing) FAIL(ERR_NOMEM, "%s: out of memory", policy->vt->name);
     return OK;
 }
 
@@ -37,7 +35,6 @@ static void positional_close(struct policy *policy)
     struct positional *p = policy->state;
     if (!p) return;
     eviction_close(&p->eviction);
-    free(p->window);
     free(p->host);
     free(p->drawing);
     free(p);
@@ -50,18 +47,18 @@ static int streaming_llm_select(struct policy *policy, const struct policy_seque
     struct positional *p = policy->state;
     for (int l = 0; l < policy->env.n_layers; l++) {
         int sinks = policy->config.streaming_llm.sinks;
-        p->window[l] = k[l] - (sinks < k[l] - 1 ? sinks : k[l] - 1);
+        p->eviction.window[l] = k[l] - (sinks < k[l] - 1 ? sinks : k[l] - 1);
     }
     TRY(ops_zero(policy->env.ops, eviction_scores(&p->eviction, sequence, 0),
                  (size_t)(p->eviction.n_lanes * sequence->prompt_tokens) * sizeof(float)));
-    return eviction_keep(policy, &p->eviction, sequence, k, p->window, out);
+    return eviction_keep(policy, &p->eviction, sequence, k, p->eviction.window, out);
 }
 
 /* Draws k - window of the tokens before the window, for each KV head its own, whatever rank holds it. */
 static int draw_lane(struct policy *policy, const struct policy_sequence *sequence, int layer, int head, int k)
 {
     struct positional *p = policy->state;
-    int m = sequence->prompt_tokens, window = p->window[layer];
+    int m = sequence->prompt_tokens, window = p->eviction.window[layer];
     struct choose_stream stream =
         choose_stream(sequence->seed, layer, policy->env.layers[layer].first_kv_head + head, 0);
     choose(&stream, m - window, k - window, p->drawing);
@@ -76,10 +73,10 @@ static int random_select(struct policy *policy, const struct policy_sequence *se
 {
     struct positional *p = policy->state;
     for (int l = 0; l < policy->env.n_layers; l++) {
-        p->window[l] = k[l] / 10 > 1 ? k[l] / 10 : 1;
+        p->eviction.window[l] = k[l] / 10 > 1 ? k[l] / 10 : 1;
         for (int h = 0; h < policy->env.layers[l].heads.n_kv_heads; h++) TRY(draw_lane(policy, sequence, l, h, k[l]));
     }
-    return eviction_keep(policy, &p->eviction, sequence, k, p->window, out);
+    return eviction_keep(policy, &p->eviction, sequence, k, p->eviction.window, out);
 }
 
 const struct policy_vt policy_streaming_llm = {

@@ -11,11 +11,11 @@
 
 struct vl_cache {
     struct eviction eviction;
-    float *raw;         /* [max KV heads, max_context] a layer's scores before they are averaged, device */
+    float *raw;         /* [most KV heads, max_context] a layer's scores before they are averaged, device */
     int64_t *kept;      /* [n_slots, n_layers, max heads] entries above the threshold, device */
     int64_t *host_kept; /* [n_layers, max heads] of the sequence at hand, host */
     int64_t *counts;    /* [n_layers] host */
-    int *window;        /* [n_layers] host */
+    int max_heads;      /* most query heads of a layer */
 };
 
 static int vl_cache_open(struct policy *policy, struct arena *arena)
@@ -26,13 +26,13 @@ static int vl_cache_open(struct policy *policy, struct arena *arena)
     policy->state = vl;
     if (!vl) FAIL(ERR_NOMEM, "vl_cache: out of memory");
     TRY(eviction_open(&vl->eviction, env, arena));
-    size_t heads = layers * (size_t)vl->eviction.max_heads;
+    vl->max_heads = policy_most_heads(env);
+    size_t heads = layers * (size_t)vl->max_heads;
     vl->counts = calloc(layers, sizeof *vl->counts);
-    vl->window = calloc(layers, sizeof *vl->window);
     vl->host_kept = calloc(heads, sizeof *vl->host_kept);
-    if (!vl->counts || !vl->window || !vl->host_kept) FAIL(ERR_NOMEM, "vl_cache: out of memory");
+    if (!vl->counts || !vl->host_kept) FAIL(ERR_NOMEM, "vl_cache: out of memory");
     if (policy->config.vl_cache.kernel > 1)
-        TRY(arena_take(arena, (size_t)vl->eviction.max_heads * (size_t)env->max_context * sizeof *vl->raw,
+        TRY(arena_take(arena, (size_t)policy_most_kv_heads(env) * (size_t)env->max_context * sizeof *vl->raw,
                        "policy state", &vl->raw));
     return arena_take(arena, (size_t)env->kv->n_slots * heads * sizeof *vl->kept, "policy state", &vl->kept);
 }
@@ -43,14 +43,13 @@ static void vl_cache_close(struct policy *policy)
     if (!vl) return;
     eviction_close(&vl->eviction);
     free(vl->counts);
-    free(vl->window);
     free(vl->host_kept);
     free(vl);
 }
 
 static int64_t *kept_of(const struct vl_cache *vl, const struct policy *policy, int slot)
 {
-    return vl->kept + (int64_t)slot * policy->env.n_layers * vl->eviction.max_heads;
+    return vl->kept + (int64_t)slot * policy->env.n_layers * vl->max_heads;
 }
 
 static int vl_cache_rows(const struct policy *policy, const struct policy_sequence *sequence)
@@ -72,7 +71,7 @@ static int vl_cache_prefill_layer(struct policy *policy, const struct policy_seq
         .first_position = in->first_position,
         .threshold = (float)policy->config.vl_cache.threshold,
         .column_sum = kernel > 1 ? vl->raw : score,
-        .kept = kept_of(vl, policy, sequence->slot) + (int64_t)in->layer * vl->eviction.max_heads,
+        .kept = kept_of(vl, policy, sequence->slot) + (int64_t)in->layer * vl->max_heads,
     };
     TRY(ops_attention_probe(policy->env.ops, in->q, policy->env.kv, heads, &probe));
     if (kernel <= 1) return OK;
@@ -85,7 +84,7 @@ static int vl_cache_prefill_end(struct policy *policy, const struct policy_seque
 {
     struct vl_cache *vl = policy->state;
     const struct policy_env *env = &policy->env;
-    int heads = vl->eviction.max_heads;
+    int heads = vl->max_heads;
     TRY(ops_download(env->ops, vl->host_kept, kept_of(vl, policy, sequence->slot),
                      (size_t)env->n_layers * (size_t)heads * sizeof *vl->host_kept));
     for (int l = 0; l < env->n_layers; l++) {
@@ -106,8 +105,8 @@ static int vl_cache_select(struct policy *policy, const struct policy_sequence *
     int m = sequence->prompt_tokens;
     double alpha = kv_budget_share(sequence->budget, m);
     for (int l = 0; l < policy->env.n_layers; l++)
-        vl->window[l] = vl_cache_window(&policy->config.vl_cache, k[l], m, alpha);
-    return eviction_keep(policy, &vl->eviction, sequence, k, vl->window, out);
+        vl->eviction.window[l] = vl_cache_window(&policy->config.vl_cache, k[l], m, alpha);
+    return eviction_keep(policy, &vl->eviction, sequence, k, vl->eviction.window, out);
 }
 
 const struct policy_vt policy_vl_cache = {
