@@ -133,34 +133,30 @@ static int64_t kept_bytes(const struct sequence *seq, const struct sequence_fact
     return tokens * facts->kept_token_bytes / facts->n_layers;
 }
 
+/* Tokens of the prompt that the policy decided on: the first turn's. */
+static int judged_tokens(const struct sequence *seq) { return seq->request.n_ids - (seq->turn ? seq->n_behind : 0); }
+
 /* What of a prompt went to host memory. */
 static int64_t host_bytes(const struct sequence *seq, const struct sequence_facts *facts)
 {
-    const struct request *r = &seq->request;
-    const int m = r->n_ids - (seq->turn ? seq->n_behind : 0);
+    const int m = judged_tokens(seq);
     int64_t tokens = 0;
-    if (!policy_host_tokens(facts->policy, r->budget, m)) return 0;
+    if (!policy_host_tokens(facts->policy, seq->request.budget, m)) return 0;
     for (int l = 0; l < facts->n_layers; l++) tokens += m - seq->kept[l];
     return tokens * facts->token_bytes / facts->n_layers;
 }
 
-/* What attention reads of the cache in the decode step that makes token `i` (from 1), by the policy's count. */
-static struct policy_reads step_reads(const struct sequence *seq, const struct sequence_facts *facts, int i)
-{
-    const struct policy_sequence asked = {.prompt_tokens = seq->request.n_ids, .budget = seq->request.budget};
-    double kept = 0;
-    for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
-    return policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i - 1);
-}
-
-/* Mean bytes of a decode step, and those of them from host memory. */
+/* Mean bytes that attention reads of the cache in a decode step, by the policy's count, and those of them from host
+ * memory. */
 static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts, double *recalled)
 {
-    double sum = 0;
+    const struct policy_sequence asked = {.prompt_tokens = judged_tokens(seq), .budget = seq->request.budget};
+    double sum = 0, kept = 0;
     *recalled = 0;
     if (!seq->kept || seq->n_tokens < 2) return 0;
-    for (int i = 1; i < seq->n_tokens; i++) {
-        const struct policy_reads reads = step_reads(seq, facts, i);
+    for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
+    for (int i = 0; i + 1 < seq->n_tokens; i++) {
+        const struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i);
         sum += reads.tokens * (double)facts->kept_token_bytes + (double)reads.beside_bytes;
         *recalled += reads.recalled * (double)facts->token_bytes;
     }

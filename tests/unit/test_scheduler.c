@@ -3,8 +3,11 @@
  * rules say, whatever it ran beside. */
 #include "runtime/scheduler.h"
 
+#include <math.h>
+
 #include "parallel/shard.h"
 #include "runtime/plan.h"
+#include "runtime/sequence.h"
 #include "tests/check.h"
 
 enum { LAYERS = 3, KV_HEADS = 3, RANKS = 2, SLOTS = 6, IMAGE_TOKENS = 9, SIDE = 2, IMAGE_BYTES = SIDE * SIDE * 3 };
@@ -475,6 +478,50 @@ static void test_results_order(void)
     sim_close(s);
 }
 
+/* ---- what a policy is asked when a turn ends ---- */
+
+static int asked_about; /* prompt tokens */
+
+static struct policy_reads note_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
+                                      int before)
+{
+    (void)policy;
+    asked_about = sequence->prompt_tokens;
+    return (struct policy_reads){.tokens = kept + before + 1};
+}
+
+static int open_nothing(struct policy *policy, struct arena *arena)
+{
+    (void)policy, (void)arena;
+    return OK;
+}
+
+static void take_reads(void *arg, const struct completion *c) { *(double *)arg = c->bytes_read_per_step; }
+
+/* The policy decided on the first turn's prompt: of the second turn's ids, which are the whole conversation, it is
+ * asked about those alone. */
+static void test_reads_of_second_turn(void)
+{
+    static const struct policy_vt vt = {.name = "noting", .open = open_nothing, .reads = note_reads};
+    static const struct policy policy = {.vt = &vt};
+    const struct sequence_facts facts = {
+        .policy = &policy, .n_layers = LAYERS, .token_bytes = LAYERS, .kept_token_bytes = LAYERS};
+    int kept[LAYERS];
+    double read = 0;
+    for (int l = 0; l < LAYERS; l++) kept[l] = 10;
+    struct sequence seq = {.state = SEQUENCE_RUNNING,
+                           .turn = 1,
+                           .n_behind = 5,
+                           .n_tokens = 3,
+                           .kept = kept,
+                           .sink = {&read, NULL, take_reads},
+                           .request = {.n_ids = 25, .budget = {0.5, 0}}};
+    CHECK_OK(sequence_complete(&seq, &facts, FINISH_ABORT));
+    CHECK(asked_about == 20);
+    CHECK(fabs(read - LAYERS * (10 + 5 + 1.5)) <
+          1e-9); /* two steps, whose own tokens are the sixth and seventh behind */
+}
+
 int main(void)
 {
     static const struct check_case cases[] = {{"one token", test_one_token},
@@ -484,6 +531,7 @@ int main(void)
                                               {"results in order", test_results_order},
                                               {"random work, every step and answer checked", test_random},
                                               {"abort at any step", test_abort},
+                                              {"what a second turn reads", test_reads_of_second_turn},
                                               {0}};
     if (tokenizer_open_json(SOURCE_DIR "/models/demo-vlm/tokenizer.json", NULL, &tokenizer)) {
         fprintf(stderr, "%s\n", status_message());
