@@ -29,30 +29,11 @@ static void on_all_ranks(void (*work)(struct service *s))
     service_close(&s);
 }
 
-/* Prompts of mixed lengths and budgets, the shortest shorter than any window or the smallest context. */
-enum { ASKED = 9 };
-static struct request mixed_request(const struct service *s, int i)
-{
-    static const int lengths[ASKED] = {1, 2, 7, 300, 33, 150, 90, 211, 12};
-    static const struct kv_budget budgets[] = {{0.5, 0}, {0.3, 0}, {1, 0}, {0.7, 0}, {1, 20}};
-    struct request r = request_random((uint64_t)i + 40, lengths[i], engine_dims(s->engine)->vocab_size, 12 + 8 * i);
-    r.budget = budgets[i % 5];
-    return r;
-}
-
-static void ask_all(struct service *s, struct answer *a, bool alone)
-{
-    for (int i = 0; i < ASKED; i++) {
-        struct request r = mixed_request(s, i);
-        service_submit(s, &r, &a[i]);
-        if (alone) service_run(s);
-    }
-    service_run(s);
-}
+static const struct kv_budget mixed_budgets[5] = {{0.5, 0}, {0.3, 0}, {1, 0}, {0.7, 0}, {1, 20}};
 
 static void compare(const struct answer *a, const struct answer *b, const char *what)
 {
-    for (int i = 0; i < ASKED; i++) {
+    for (int i = 0; i < MIXED; i++) {
         bool same = answers_equal(&a[i], &b[i]) && !memcmp(a[i].kept, b[i].kept, sizeof a[i].kept);
         if (!same) fprintf(stderr, "%s: request %d is answered otherwise\n", what, i);
         CHECK(same);
@@ -61,7 +42,7 @@ static void compare(const struct answer *a, const struct answer *b, const char *
 
 static void free_all(struct answer *a)
 {
-    for (int i = 0; i < ASKED; i++) answer_free(&a[i]);
+    for (int i = 0; i < MIXED; i++) answer_free(&a[i]);
 }
 
 /* ---- without a decay ---- */
@@ -124,17 +105,17 @@ static void one_rank(struct answer *a)
     struct service s;
     DEMAND(comm_open("self", &alone.comm));
     service_open(&s, &alone, model, settings);
-    ask_all(&s, a, true);
+    service_ask_mixed(&s, mixed_budgets, a, true);
     service_close(&s);
     comm_close(alone.comm);
 }
 
 static void work_mixed(struct service *s)
 {
-    struct answer want[ASKED], got[ASKED];
+    struct answer want[MIXED], got[MIXED];
     one_rank(want);
     if (!strcmp(model, DEMO)) check_kept(want);
-    ask_all(s, got, false);
+    service_ask_mixed(s, mixed_budgets, got, false);
     compare(got, want, "in a batch");
     free_all(got);
     free_all(want);

@@ -142,39 +142,21 @@ static void test_cluster(void)
 
 /* ---- batches and ranks ---- */
 
-enum { ASKED = 9 };
-static struct request mixed_request(const struct service *s, int i)
-{
-    static const int lengths[ASKED] = {1, 2, 7, 300, 33, 150, 90, 211, 12};
-    static const struct kv_budget budgets[] = {{0.5, 0}, {0.1, 0}, {1, 0}, {0.05, 0}, {1, 20}};
-    struct request r = request_random((uint64_t)i + 40, lengths[i], engine_dims(s->engine)->vocab_size, 12 + 8 * i);
-    r.budget = budgets[i % 5];
-    return r;
-}
-
-static void ask_all(struct service *s, struct answer *a, bool alone)
-{
-    for (int i = 0; i < ASKED; i++) {
-        struct request r = mixed_request(s, i);
-        service_submit(s, &r, &a[i]);
-        if (alone) service_run(s);
-    }
-    service_run(s);
-}
+static const struct kv_budget mixed_budgets[5] = {{0.5, 0}, {0.1, 0}, {1, 0}, {0.05, 0}, {1, 20}};
 
 static void compare(struct answer *got, struct answer *want, const char *what)
 {
-    for (int i = 0; i < ASKED; i++) {
+    for (int i = 0; i < MIXED; i++) {
         bool same = answers_equal(&got[i], &want[i]) && !memcmp(got[i].kept, want[i].kept, sizeof want[i].kept);
         if (!same) fprintf(stderr, "%s: request %d is answered otherwise\n", what, i);
         CHECK(same && got[i].bytes_host == want[i].bytes_host);
         CHECK(got[i].bytes_host + got[i].bytes_kept == got[i].bytes_full);
     }
-    for (int i = 0; i < ASKED; i++) answer_free(&got[i]), answer_free(&want[i]);
+    for (int i = 0; i < MIXED; i++) answer_free(&got[i]), answer_free(&want[i]);
 }
 
 static const char *const mixed_policies[] = {"vl_cache", "cluster_kv"};
-static void one_rank(struct answer (*a)[ASKED])
+static void one_rank(struct answer (*a)[MIXED])
 {
     struct ranks alone = {.liveness = ranks.liveness};
     struct service s;
@@ -183,7 +165,7 @@ static void one_rank(struct answer (*a)[ASKED])
     for (int p = 0; p < 2; p++) {
         struct policy_config config = config_of(&s, mixed_policies[p], 0.1, 0.1);
         CHECK_OK(engine_set_policy(s.engine, &config));
-        ask_all(&s, a[p], true);
+        service_ask_mixed(&s, mixed_budgets, a[p], true);
     }
     service_close(&s);
     comm_close(alone.comm);
@@ -191,12 +173,12 @@ static void one_rank(struct answer (*a)[ASKED])
 
 static void work_mixed(struct service *s)
 {
-    struct answer want[2][ASKED], got[ASKED];
+    struct answer want[2][MIXED], got[MIXED];
     one_rank(want);
     for (int p = 0; p < 2; p++) {
         struct policy_config config = config_of(s, mixed_policies[p], 0.1, 0.1);
         CHECK_OK(engine_set_policy(s->engine, &config));
-        ask_all(s, got, false);
+        service_ask_mixed(s, mixed_budgets, got, false);
         compare(got, want[p], mixed_policies[p]);
         CHECK(pools_full(s));
     }
