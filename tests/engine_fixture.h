@@ -471,20 +471,20 @@ static inline double distance(const float *got, const float *want, size_t n)
 /* ---- a batch of everything ---- */
 
 /* Prompts of mixed lengths, the shortest shorter than any window, and of five budgets in turn. */
-enum { MIXED = 9 };
+enum { MIXED_REQUESTS = 9 };
 static inline struct request request_mixed(const struct service *s, int i, const struct kv_budget budgets[5])
 {
-    static const int lengths[MIXED] = {1, 2, 7, 300, 33, 150, 90, 211, 12};
+    static const int lengths[MIXED_REQUESTS] = {1, 2, 7, 300, 33, 150, 90, 211, 12};
     struct request r = request_random((uint64_t)i + 40, lengths[i], engine_dims(s->engine)->vocab_size, 12 + 8 * i);
     r.budget = budgets[i % 5];
     return r;
 }
 
 /* All of them at once, or one after the other. */
-static inline void service_ask_mixed(struct service *s, const struct kv_budget budgets[5], struct answer a[MIXED],
-                                     bool alone)
+static inline void service_ask_mixed(struct service *s, const struct kv_budget budgets[5],
+                                     struct answer a[MIXED_REQUESTS], bool alone)
 {
-    for (int i = 0; i < MIXED; i++) {
+    for (int i = 0; i < MIXED_REQUESTS; i++) {
         struct request r = request_mixed(s, i, budgets);
         service_submit(s, &r, &a[i]);
         if (alone) service_run(s);

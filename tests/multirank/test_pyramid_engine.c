@@ -33,7 +33,7 @@ static const struct kv_budget mixed_budgets[5] = {{0.5, 0}, {0.3, 0}, {1, 0}, {0
 
 static void compare(const struct answer *a, const struct answer *b, const char *what)
 {
-    for (int i = 0; i < MIXED; i++) {
+    for (int i = 0; i < MIXED_REQUESTS; i++) {
         bool same = answers_equal(&a[i], &b[i]) && !memcmp(a[i].kept, b[i].kept, sizeof a[i].kept);
         if (!same) fprintf(stderr, "%s: request %d is answered otherwise\n", what, i);
         CHECK(same);
@@ -42,7 +42,7 @@ static void compare(const struct answer *a, const struct answer *b, const char *
 
 static void free_all(struct answer *a)
 {
-    for (int i = 0; i < MIXED; i++) answer_free(&a[i]);
+    for (int i = 0; i < MIXED_REQUESTS; i++) answer_free(&a[i]);
 }
 
 /* ---- without a decay ---- */
@@ -112,7 +112,7 @@ static void one_rank(struct answer *a)
 
 static void work_mixed(struct service *s)
 {
-    struct answer want[MIXED], got[MIXED];
+    struct answer want[MIXED_REQUESTS], got[MIXED_REQUESTS];
     one_rank(want);
     if (!strcmp(model, DEMO)) check_kept(want);
     service_ask_mixed(s, mixed_budgets, got, false);

@@ -146,17 +146,17 @@ static const struct kv_budget mixed_budgets[5] = {{0.5, 0}, {0.1, 0}, {1, 0}, {0
 
 static void compare(struct answer *got, struct answer *want, const char *what)
 {
-    for (int i = 0; i < MIXED; i++) {
+    for (int i = 0; i < MIXED_REQUESTS; i++) {
         bool same = answers_equal(&got[i], &want[i]) && !memcmp(got[i].kept, want[i].kept, sizeof want[i].kept);
         if (!same) fprintf(stderr, "%s: request %d is answered otherwise\n", what, i);
         CHECK(same && got[i].bytes_host == want[i].bytes_host);
         CHECK(got[i].bytes_host + got[i].bytes_kept == got[i].bytes_full);
     }
-    for (int i = 0; i < MIXED; i++) answer_free(&got[i]), answer_free(&want[i]);
+    for (int i = 0; i < MIXED_REQUESTS; i++) answer_free(&got[i]), answer_free(&want[i]);
 }
 
 static const char *const mixed_policies[] = {"vl_cache", "cluster_kv"};
-static void one_rank(struct answer (*a)[MIXED])
+static void one_rank(struct answer (*a)[MIXED_REQUESTS])
 {
     struct ranks alone = {.liveness = ranks.liveness};
     struct service s;
@@ -173,7 +173,7 @@ static void one_rank(struct answer (*a)[MIXED])
 
 static void work_mixed(struct service *s)
 {
-    struct answer want[2][MIXED], got[MIXED];
+    struct answer want[2][MIXED_REQUESTS], got[MIXED_REQUESTS];
     one_rank(want);
     for (int p = 0; p < 2; p++) {
         struct policy_config config = config_of(s, mixed_policies[p], 0.1, 0.1);
