@@ -13,13 +13,19 @@
 static const struct command *const commands[] = {
     &command_plan, &command_tokenize, &command_generate, &command_batch, &command_eval, &command_bench, NULL};
 
+#ifdef VITRAIL_COMMIT
+static const char build[] = VITRAIL_VERSION " (" VITRAIL_COMMIT ")";
+#else
+static const char build[] = VITRAIL_VERSION;
+#endif
+
 static int run(struct launch *launch)
 {
     struct arguments *arguments = &launch->arguments;
     const struct command *command = arguments->command;
     bool first = launch->comm->rank == 0;
     if (arguments->version) {
-        if (first) printf("vitrail %s\n", VITRAIL_VERSION);
+        if (first) printf("vitrail %s\n", build);
         return OK;
     }
     if (arguments->help) {
