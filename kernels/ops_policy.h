@@ -71,7 +71,8 @@ int ops_heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_
 /* ops_heavy_decode - H2O's step after a layer's decode attention: the lane's newest entry, at position[row], joins with
  * score 0; every entry's score grows by the attention that the row pays it, summed over the group's heads; while the
  * lane holds more than its limit, the entry with the least score outside the newest `recent` goes (equal scores: the
- * later position), its place taken by the lane's last entry. q [n, n_heads, head_dim]; position [n] device. */
+ * later position), its place taken by the lane's last entry. q [n, n_heads, head_dim]; position [n] device. Lanes are
+ * in kv->format, as for attention_decode. */
 int ops_heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
                      const struct kv_view *kv, const struct attention_heads *heads,
                      const struct heavy_hitters *heavy) MUST_CHECK;

@@ -55,4 +55,14 @@ QUANTISE_FUNCTION uint8_t quantise_code(enum kv_format format, float x, float sc
     return (uint8_t)(int8_t)(code < 127.0f ? code : 127.0f);
 }
 
+/* The number that a code stands for, before its scale. An e4m3's bits in a float32's places are it times 2^-120. */
+QUANTISE_FUNCTION float quantise_value(enum kv_format format, uint8_t code)
+{
+    if (format == KV_INT8) return (float)(int8_t)code;
+    const uint32_t bits = (code & 0x80u) << 24 | (code & 0x7fu) << 20;
+    float small;
+    memcpy(&small, &bits, sizeof small);
+    return (code & 0x7fu) == 0x7fu ? NAN : small * 0x1p120f;
+}
+
 #endif

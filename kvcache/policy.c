@@ -80,6 +80,7 @@ int policy_find(const char *name, const struct policy_vt **out)
 static bool reads_lanes(const struct policy_vt *vt, const struct policy_config *config)
 {
     if (vt == &policy_pyramid_infer) return config->pyramid_infer.generation_block > 0;
+    if (vt == &policy_h2o) return false; /* heavy_decode knows 8 bits */
     return vt->decode_attention != NULL;
 }
 

@@ -13,13 +13,19 @@ struct account {
     float *score;
     int32_t *position;
     int lane, limit, recent;
+    enum kv_format format;
 };
 
 static struct account account_of(const struct kv_view *kv, const struct heavy_hitters *heavy, int lane)
 {
     int64_t first = (int64_t)lane * heavy->stride;
-    return (struct account){kv,   heavy->score + first, heavy->position + first,
-                            lane, heavy->limit[lane],   heavy->recent[lane]};
+    return (struct account){kv,
+                            heavy->score + first,
+                            heavy->position + first,
+                            lane,
+                            heavy->limit[lane],
+                            heavy->recent[lane],
+                            lane__format(kv, lane)};
 }
 
 int cpu__heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy_hitters *heavy, int slot,
@@ -37,15 +43,29 @@ int cpu__heavy_begin(struct ops *o, const struct kv_view *kv, const struct heavy
     return OK;
 }
 
-/* Adds a query head's attention to the scores; the keys are visited twice, so that nothing has to be stored. */
-static void add_attention(const struct vector_ops *v, const struct account *a, const float *q, float scale)
+/* An entry's logit; its codes are widened into wide [head_dim]. */
+static float logit_of(const struct vector_ops *v, const struct account *a, int i, const float *q, float scale,
+                      float *wide)
 {
     const struct kv_view *kv = a->kv;
-    int n = kv->lane_len[a->lane];
-    float top = -INFINITY, sum = 0, score;
+    float score;
+    if (a->format == KV_PLAIN) {
+        v->score_keys(&score, q, lane__key(kv, a->lane, i), 1, kv->head_dim, scale);
+        return score;
+    }
+    v->widen_codes(wide, lane__key_codes(kv, a->lane, i), a->format == KV_FP8, kv->head_dim);
+    v->score_keys(&score, q, wide, 1, kv->head_dim, scale);
+    return score * *lane__key_scale(kv, a->lane, i);
+}
+
+/* Adds a query head's attention to the scores; the keys are visited twice, so that nothing has to be stored. */
+static void add_attention(const struct vector_ops *v, const struct account *a, const float *q, float scale, float *wide)
+{
+    int n = a->kv->lane_len[a->lane];
+    float top = -INFINITY, sum = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int i = 0; i < n; i++) {
-            v->score_keys(&score, q, lane__key(kv, a->lane, i), 1, kv->head_dim, scale);
+            const float score = logit_of(v, a, i, q, scale, wide);
             if (pass) {
                 a->score[i] += expf(score - top) / sum;
             } else if (score > top) {
@@ -73,11 +93,8 @@ static int worst_of(const struct account *a, int n, int newest)
 /* The lane's last entry takes the place of entry i. */
 static void drop(const struct account *a, int i, int last)
 {
-    const struct kv_view *kv = a->kv;
-    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
     if (i == last) return;
-    memcpy(lane__key(kv, a->lane, i), lane__key(kv, a->lane, last), bytes);
-    memcpy(lane__value(kv, a->lane, i), lane__value(kv, a->lane, last), bytes);
+    lane__move(a->kv, a->lane, i, last);
     a->score[i] = a->score[last];
     a->position[i] = a->position[last];
 }
@@ -86,6 +103,10 @@ int cpu__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, c
                       const struct kv_view *kv, const struct attention_heads *heads, const struct heavy_hitters *heavy)
 {
     const int group = heads->n_heads / heads->n_kv_heads;
+    struct arena arena;
+    float *wide; /* of the room that attention takes for more of them */
+    TRY(cpu__scratch(o, &arena));
+    TRY(arena_take(&arena, (size_t)kv->head_dim * sizeof *wide, "a key", &wide));
     for (int task = 0; task < batch->n_seqs * heads->n_kv_heads; task++) {
         int row = task / heads->n_kv_heads, head = task % heads->n_kv_heads, slot = batch->slot[row];
         if (slot < 0 || slot >= kv->n_slots) continue;
@@ -96,9 +117,10 @@ int cpu__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, c
         a.position[n - 1] = position[row];
         for (int j = 0; j < group; j++)
             add_attention(cpu__of(o)->vector, &a, cpu__row(q, row) + (int64_t)(head * group + j) * heads->head_dim,
-                          heads->scale);
+                          heads->scale, wide);
         for (int worst; n > a.limit && (worst = worst_of(&a, n, position[row])) >= 0; n--) drop(&a, worst, n - 1);
-        for (int page = lane__pages(kv, kv->lane_len[a.lane]) - 1; page >= lane__pages(kv, n); page--)
+        for (int page = lane__pages_of(kv, a.lane, kv->lane_len[a.lane]) - 1; page >= lane__pages_of(kv, a.lane, n);
+             page--)
             kv->free_stack[(*kv->free_count)++] = lane__page_row(kv, a.lane)[page];
         kv->lane_len[a.lane] = n;
     }

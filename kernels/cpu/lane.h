@@ -66,6 +66,21 @@ static inline float *lane__value_scale(const struct kv_view *kv, int lane, int i
     return lane__key_scale(kv, lane, i) + lane__code_tokens(kv);
 }
 
+/* lane__move - entry `from` of a lane takes the place of entry `to`, as the lane is stored. */
+static inline void lane__move(const struct kv_view *kv, int lane, int to, int from)
+{
+    const size_t dim = (size_t)kv->head_dim, bytes = dim * sizeof(float);
+    if (lane__format(kv, lane) == KV_PLAIN) {
+        memcpy(lane__key(kv, lane, to), lane__key(kv, lane, from), bytes);
+        memcpy(lane__value(kv, lane, to), lane__value(kv, lane, from), bytes);
+        return;
+    }
+    memcpy(lane__key_codes(kv, lane, to), lane__key_codes(kv, lane, from), dim);
+    memcpy(lane__value_codes(kv, lane, to), lane__value_codes(kv, lane, from), dim);
+    *lane__key_scale(kv, lane, to) = *lane__key_scale(kv, lane, from);
+    *lane__value_scale(kv, lane, to) = *lane__value_scale(kv, lane, from);
+}
+
 /* lane__gather - keys and, unless v is NULL, values of tokens [first, first + n) into dense [n, head_dim] buffers. */
 static inline void lane__gather(const struct kv_view *kv, int lane, int first, int n, float *k, float *v)
 {

@@ -1,6 +1,6 @@
 /* H2O's decode step: scores of a lane's entries grow by the attention that each new row pays them, and the least goes
  * when the lane is full. A block a lane; a thread works out whole entries, so that sums have one order. */
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/quantised.cuh"
 
 enum { HEAVY_THREADS = 256, HEAVY_WARPS = HEAVY_THREADS / 32, MOST_HEADS = 16, MOST_DIM = 128 };
 
@@ -37,30 +37,41 @@ int cuda__heavy_begin(struct ops *o, const struct kv_view *kv, const struct heav
 }
 
 /* Logits of an entry for all heads of the group, in powers of two. */
-template <typename T>
-__device__ static void entry_logits(float *s, const T *key, const float (*q)[MOST_DIM], int group, int dim)
+template <typename T, enum kv_format FORMAT>
+__device__ static void entry_logits(float *s, const struct kv_view &kv, int lane, int i, const float (*q)[MOST_DIM],
+                                    int group)
 {
+    const int dim = kv.head_dim;
+    const int64_t row = FORMAT == KV_PLAIN ? 0 : code_row(kv, lane, i);
+    const T *key = (const T *)kv.pool.data + (FORMAT == KV_PLAIN ? cache_key(kv, lane, i) : 0);
+    const uint8_t *code = (const uint8_t *)kv.pool.data + row * dim;
     for (int h = 0; h < MOST_HEADS; h++) s[h] = 0;
     for (int at = 0; at < dim; at += 8) {
         float k[8];
-        unpack8<T>(__ldcg((const uint4 *)(key + at)), k);
+        if constexpr (FORMAT == KV_PLAIN)
+            unpack8<T>(__ldcg((const uint4 *)(key + at)), k);
+        else
+            unpack8_codes<FORMAT>(__ldcg((const uint2 *)(code + at)), k);
 #pragma unroll
         for (int h = 0; h < MOST_HEADS; h++)
             if (h < group)
 #pragma unroll
-                for (int i = 0; i < 8; i++) s[h] += q[h][at + i] * k[i];
+                for (int d = 0; d < 8; d++) s[h] += q[h][at + d] * k[d];
     }
+    if (FORMAT == KV_PLAIN) return;
+    const float scale = __ldcg(&kv.scale[row]);
+    for (int h = 0; h < MOST_HEADS; h++) s[h] *= scale;
 }
 
 /* Every head's maximum and sum over the lane, joined over the block in a fixed order; top[h] + log2(sum) at the end. */
-template <typename T>
+template <typename T, enum kv_format FORMAT>
 __device__ static void row_sums(const struct heavy_arguments &a, int lane, int n, const float (*q)[MOST_DIM],
                                 float (*part)[HEAVY_WARPS], float *log_sum)
 {
     float s[MOST_HEADS], top[MOST_HEADS], sum[MOST_HEADS];
     for (int h = 0; h < MOST_HEADS; h++) top[h] = -INFINITY, sum[h] = 0;
     for (int i = (int)threadIdx.x; i < n; i += HEAVY_THREADS) {
-        entry_logits<T>(s, (const T *)a.kv.pool.data + cache_key(a.kv, lane, i), q, a.group, a.kv.head_dim);
+        entry_logits<T, FORMAT>(s, a.kv, lane, i, q, a.group);
 #pragma unroll
         for (int h = 0; h < MOST_HEADS; h++) {
             const float high = fmaxf(top[h], s[h]);
@@ -110,31 +121,46 @@ __device__ static uint64_t block_least(uint64_t key, uint64_t *part)
     return key;
 }
 
+/* Entry `from` of a lane takes the place of entry `to`; the whole block. */
+template <enum kv_format FORMAT> __device__ static void move_entry(const struct kv_view &kv, int lane, int to, int from)
+{
+    const bool plain = FORMAT == KV_PLAIN;
+    const int words = kv.head_dim / (plain ? 2 : 4), tokens = plain ? kv.page_size : code_tokens(kv);
+    const int64_t at = plain ? cache_key(kv, lane, to) / 2 : code_row(kv, lane, to) * words;
+    const int64_t source = plain ? cache_key(kv, lane, from) / 2 : code_row(kv, lane, from) * words;
+    uint32_t *pool = (uint32_t *)kv.pool.data;
+    const int64_t values = (int64_t)tokens * words;
+    for (int i = (int)threadIdx.x; i < words; i += HEAVY_THREADS) {
+        pool[at + i] = pool[source + i];
+        pool[at + values + i] = pool[source + values + i];
+    }
+    if (plain || threadIdx.x > 1) return;
+    const int64_t half = (int64_t)threadIdx.x * tokens; /* of keys, of values */
+    kv.scale[code_row(kv, lane, to) + half] = kv.scale[code_row(kv, lane, from) + half];
+}
+
 /* Evicts one entry: the last one takes its place. false: all are among the newest. */
-template <typename T>
+template <enum kv_format FORMAT>
 __device__ static bool evict_one(const struct heavy_arguments &a, int lane, float *score, int32_t *position, int n,
                                  int oldest_recent, uint64_t *part)
 {
     const uint64_t worst = block_least(worst_key(score, position, n, oldest_recent), part);
     if (worst == ~0ull) return false;
-    const int gone = 0x7fffffff - (int)(uint32_t)worst, last = n - 1, words = a.kv.head_dim / 2;
+    const int gone = 0x7fffffff - (int)(uint32_t)worst, last = n - 1;
     __shared__ int hole;
     for (int i = (int)threadIdx.x; i < n; i += HEAVY_THREADS)
         if (position[i] == gone) hole = i;
     __syncthreads();
     if (hole != last) {
-        uint32_t *to = (uint32_t *)((T *)a.kv.pool.data + cache_key(a.kv, lane, hole));
-        const uint32_t *from = (const uint32_t *)((T *)a.kv.pool.data + cache_key(a.kv, lane, last));
-        const int64_t values = (int64_t)a.kv.page_size * words;
-        for (int i = (int)threadIdx.x; i < words; i += HEAVY_THREADS)
-            to[i] = from[i], to[values + i] = from[values + i];
+        move_entry<FORMAT>(a.kv, lane, hole, last);
         if (threadIdx.x == 0) score[hole] = score[last], position[hole] = position[last];
     }
     __syncthreads();
     return true;
 }
 
-template <typename T> __global__ static void __launch_bounds__(HEAVY_THREADS) heavy_kernel(struct heavy_arguments a)
+template <typename T, enum kv_format FORMAT>
+__global__ static void __launch_bounds__(HEAVY_THREADS) heavy_kernel(struct heavy_arguments a)
 {
     __shared__ float q[MOST_HEADS][MOST_DIM], part[MOST_HEADS][HEAVY_WARPS], log_sum[MOST_HEADS];
     __shared__ uint64_t least[HEAVY_WARPS];
@@ -152,10 +178,10 @@ template <typename T> __global__ static void __launch_bounds__(HEAVY_THREADS) he
         q[i / dim][i % dim] = to_float(from[i]) * a.scale;
     if (threadIdx.x == 0) score[length - 1] = 0, position[length - 1] = a.position[row];
     __syncthreads();
-    row_sums<T>(a, lane, length, q, part, log_sum);
+    row_sums<T, FORMAT>(a, lane, length, q, part, log_sum);
     for (int i = (int)threadIdx.x; i < length; i += HEAVY_THREADS) {
         float s[MOST_HEADS], sum = 0;
-        entry_logits<T>(s, (const T *)a.kv.pool.data + cache_key(a.kv, lane, i), q, a.group, dim);
+        entry_logits<T, FORMAT>(s, a.kv, lane, i, q, a.group);
 #pragma unroll
         for (int h = 0; h < MOST_HEADS; h++)
             if (h < a.group) sum += power_of_2(s[h] - log_sum[h]);
@@ -163,13 +189,24 @@ template <typename T> __global__ static void __launch_bounds__(HEAVY_THREADS) he
     }
     __syncthreads();
     int n = length;
-    while (n > limit && evict_one<T>(a, lane, score, position, n, a.position[row] - a.heavy.recent[lane] + 1, least))
+    while (n > limit &&
+           evict_one<FORMAT>(a, lane, score, position, n, a.position[row] - a.heavy.recent[lane] + 1, least))
         n--;
     if (threadIdx.x || n == length) return;
-    const int keep = (n + a.kv.page_size - 1) / a.kv.page_size, had = (length + a.kv.page_size - 1) / a.kv.page_size;
+    const int tokens = FORMAT == KV_PLAIN ? a.kv.page_size : code_tokens(a.kv);
+    const int keep = (n + tokens - 1) / tokens, had = (length + tokens - 1) / tokens;
     for (int i = had - 1; i >= keep; i--)
         a.kv.free_stack[atomicAdd(a.kv.free_count, 1)] = a.kv.page_row[(int64_t)lane * a.kv.max_pages + i];
     a.kv.lane_len[lane] = n;
+}
+
+template <typename T> static int launch_heavy(struct ops *o, const struct heavy_arguments &a)
+{
+    void (*kernel)(struct heavy_arguments) = a.kv.format == KV_INT8  ? heavy_kernel<T, KV_INT8>
+                                             : a.kv.format == KV_FP8 ? heavy_kernel<T, KV_FP8>
+                                                                     : heavy_kernel<T, KV_PLAIN>;
+    const dim3 grid((unsigned)(a.n_seqs * a.n_kv_heads));
+    return cuda__launch(o, "heavy_decode", kernel, grid, dim3(HEAVY_THREADS), 0, a);
 }
 
 int cuda__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, const struct seq_batch *batch,
@@ -186,6 +223,5 @@ int cuda__heavy_decode(struct ops *o, struct tensor q, const int32_t *position, 
              "cuda: h2o serves up to %d query heads a KV head, of up to %d dimensions in steps of 8; "
              "this model has %d of %d",
              MOST_HEADS, MOST_DIM, a.group, kv->head_dim);
-    const dim3 grid((unsigned)(batch->n_seqs * heads->n_kv_heads));
-    WITH_TYPE(q.dtype, T, return cuda__launch(o, "heavy_decode", heavy_kernel<T>, grid, dim3(HEAVY_THREADS), 0, a));
+    WITH_TYPE(q.dtype, T, return launch_heavy<T>(o, a));
 }

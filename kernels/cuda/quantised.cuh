@@ -38,6 +38,14 @@ __device__ static inline uint32_t codes_of(enum kv_format format, float2 x, floa
     return (uint32_t)quantise_code(format, x.x, scale) | (uint32_t)quantise_code(format, x.y, scale) << 8;
 }
 
+/* The numbers that 8 codes stand for, before their scale. */
+template <enum kv_format FORMAT> __device__ static inline void unpack8_codes(uint2 x, float *out)
+{
+    const uint32_t word[2] = {x.x, x.y};
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[i] = quantise_value(FORMAT, (uint8_t)(word[i / 4] >> i % 4 * 8));
+}
+
 /* A whole warp writes a key or value at a code_row. Each thread brings two words of two elements, the i-th and the j-th
  * of the row; words past the row are ignored. */
 template <typename T>

@@ -5,14 +5,16 @@
 
 static struct ranks ranks;
 
-enum { ASKED = 6, CODE_PAGE = 64 /* tokens of a page in 8 bits on CPU ranks */ };
+enum { ASKED = 10, LONG = 6 /* of them are, the others have 1 to 10 tokens */, CODE_PAGE = 64 /* tokens of a page in 8 bits on CPU ranks */ };
 
 static void ask_all(struct service *s, struct answer *a)
 {
-    static const struct kv_budget budgets[] = {{0.3, 0}, {1, 0}, {1, 20}};
+    static const struct kv_budget budgets[] = {{0.3, 0}, {1, 0}, {1, 20}, {1, 1}};
     for (int i = 0; i < ASKED; i++) {
-        struct request r = request_random((uint64_t)i, 30 + 40 * i, engine_dims(s->engine)->vocab_size, 12);
-        r.budget = budgets[i % 3];
+        const bool is_short = i >= LONG;
+        const int tokens = is_short ? 1 + (i - LONG) * (i - LONG) : 30 + 40 * i;
+        struct request r = request_random((uint64_t)i, tokens, engine_dims(s->engine)->vocab_size, 12);
+        r.budget = budgets[is_short && i % 2 ? 3 : i % 3];
         service_submit(s, &r, &a[i]);
     }
     service_run(s);
@@ -45,9 +47,8 @@ static void work_random(struct service *s, const char *name, struct answer *want
 /* Asked of one rank, which is rank 0 by itself, and of all. */
 static void compare_ranks(const char *name, const char *policy, const char *dtype)
 {
-    /* PyramidInfer reads prompts whole, and must leave what is generated alone. */
-    const char *rows = strcmp(policy, "pyramid_infer") ? "100" : "300";
-
+    /* PyramidInfer and H2O read prompts whole; the former must leave what is generated alone. */
+    const char *rows = strcmp(policy, "pyramid_infer") && strcmp(policy, "h2o") ? "100" : "300";
     const char *const settings[] = {"kv_cache.policy",
                                     policy,
                                     "kv_cache.dtype",
@@ -84,6 +85,8 @@ static void test_random_models(void)
     compare_ranks("heads_7", "streaming_llm", "int8");
     compare_ranks("head_dim", "pyramid_kv", "int8");
     compare_ranks("heads_9", "pyramid_infer", "fp8");
+    compare_ranks("heads_9", "h2o", "fp8");
+    compare_ranks("gqa_tied", "h2o", "int8");
 }
 
 /* ---- the demo model ---- */
@@ -172,9 +175,9 @@ static void work_changes(struct service *s)
     set_dtype(s, KV_DTYPE_INT8);
     struct answer again = ask_one(s, 110);
     CHECK(answers_equal(&first, &again) && again.bytes_kept == fp8.bytes_kept);
-    strcpy(config.policy, "h2o");
+    strcpy(config.policy, "quest");
     config.dtype = KV_DTYPE_FP8;
-    CHECK_FAILS(engine_set_policy(s->engine, &config), ERR_CONFIG, "kv_cache.dtype fp8 with kv_cache.policy h2o");
+    CHECK_FAILS(engine_set_policy(s->engine, &config), ERR_CONFIG, "kv_cache.dtype fp8 with kv_cache.policy quest");
     struct answer *list[] = {&first, &plain, &fp8, &again};
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
     if (ranks.comm->size > 1) return;
