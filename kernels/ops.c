@@ -469,6 +469,14 @@ int ops_kv_quantise(struct ops *o, const struct kv_view *kv, int slot)
     return o->vt->kv_quantise(o, kv, slot);
 }
 
+int ops_kv_widen(struct ops *o, const struct kv_view *kv, int slot)
+{
+    TRY(ops_check__kv(__func__, o, kv));
+    if (kv->format == KV_PLAIN) FAIL(ERR_ARG, "ops_kv_widen: kv.format is plain, expected an 8-bit one");
+    if (slot < 0 || slot >= kv->n_slots) FAIL(ERR_ARG, "ops_kv_widen: slot %d, the cache has %d", slot, kv->n_slots);
+    return o->vt->kv_widen(o, kv, slot);
+}
+
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot)
 {
     TRY(ops_check__kv(__func__, o, kv));

@@ -49,8 +49,9 @@ enum kv_format { KV_PLAIN, KV_INT8, KV_FP8, KV_FORMAT_N };
  * (sequence slot, layer, KV head): a row of page numbers and a length. lane = slot * lanes_per_slot + lane of the layer
  * + local KV head. A token's position is never derived from its place in the lane.
  *
- * With a `format` the lanes of a prompt are plain until ops_kv_quantise rewrites them: the same page then holds
- * kv_page_tokens of them, codes [2 (K, V), tokens, head_dim], with the scales beside the pool. */
+ * With a `format` the lanes of a prompt are plain until ops_kv_quantise rewrites them, and again from ops_kv_widen on:
+ * the same page then holds kv_page_tokens of them, codes [2 (K, V), tokens, head_dim], with the scales beside the pool.
+ */
 struct kv_view {
     struct tensor pool;  /* [n_pages, 2 (K, V) * page_size, head_dim] */
     int32_t *page_row;   /* [n_slots * lanes_per_slot, max_pages] page numbers, valid below the lane's length */
@@ -366,6 +367,7 @@ struct ops_vt {
     int (*kv_drop)(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                    int n_drops);
     int (*kv_quantise)(struct ops *o, const struct kv_view *kv, int slot);
+    int (*kv_widen)(struct ops *o, const struct kv_view *kv, int slot);
     int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
     /* selection and sampling */
     int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
@@ -556,6 +558,11 @@ int ops_kv_pack(struct ops *o, const struct kv_view *kv, int slot, int lane, int
  * 2i + 1 (a page holds as many times more tokens as the activation dtype has bytes); pages beyond are pushed back.
  * Lanes in an 8-bit format already stay as they are. */
 int ops_kv_quantise(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
+/* ops_kv_widen - the way back, before prompt rows that come behind: rewrites the lanes of a slot that are in an 8-bit
+ * format as plain ones, in place, each element its code times the scale, rounded to the activation dtype; the pages
+ * that they need beyond theirs are popped. A lane that gets none (the error word) and plain lanes stay as they are.
+ * Quantised again a token has the same codes, and its scale but for rounding. */
+int ops_kv_widen(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 /* ops_kv_release - empties all lanes of a slot and pushes their pages. */
 int ops_kv_release(struct ops *o, const struct kv_view *kv, int slot) MUST_CHECK;
 

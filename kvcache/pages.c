@@ -77,24 +77,33 @@ bool pages_reserve(struct pages *p, int slot, int length)
 
 void pages_use_page_size(struct pages *p, int kept_page_size) { p->kept_page_size = kept_page_size; }
 
-/* Pages of `heads` lanes of `length` kept tokens each, or of as many tokens in uneven parts. */
-static int64_t pages_of_heads(const struct pages *p, int64_t heads, int length, bool uneven)
+/* Pages of `size` tokens of `heads` lanes of `length` tokens each, or of as many tokens in uneven parts. */
+static int64_t pages_of_heads(int64_t size, int64_t heads, int length, bool uneven)
 {
-    const int64_t size = p->kept_page_size;
     if (!uneven) return heads * ((length + size - 1) / size);
     return (heads * length + heads * (size - 1)) / size;
 }
 
-void pages_resize(struct pages *p, int slot, const int *length, int extra, bool uneven)
+static void resize(struct pages *p, int slot, int page_size, const int *length, int extra, bool uneven)
 {
     for (int r = 0; r < p->n_ranks; r++) {
         int64_t need = 0, *had = &p->reserved[slot * p->n_ranks + r];
         for (int l = 0; l < p->n_layers; l++)
-            need += pages_of_heads(p, p->heads[r * p->n_layers + l], length[l] + extra, uneven);
+            need += pages_of_heads(page_size, p->heads[r * p->n_layers + l], length[l] + extra, uneven);
         if (need > *had) need = *had;
         p->free[r] += *had - need;
         *had = need;
     }
+}
+
+void pages_resize(struct pages *p, int slot, const int *length, int extra, bool uneven)
+{
+    resize(p, slot, p->kept_page_size, length, extra, uneven);
+}
+
+void pages_resize_plain(struct pages *p, int slot, const int *length, int extra, bool uneven)
+{
+    resize(p, slot, p->page_size, length, extra, uneven);
 }
 
 void pages_release(struct pages *p, int slot)

@@ -29,6 +29,9 @@ bool pages_reserve(struct pages *pages, int slot, int length);
  * uneven: a rank's heads share that many a head in any parts, so that each may waste most of a page. */
 void pages_resize(struct pages *pages, int slot, const int *length, int extra, bool uneven);
 
+/* pages_resize_plain - the same for lanes that a prompt is still to come behind: in pages of a prompt's lanes. */
+void pages_resize_plain(struct pages *pages, int slot, const int *length, int extra, bool uneven);
+
 /* pages_use_page_size - tokens of a page of lanes whose prompt has ended, where not those of a prompt's: pages_resize
  * counts by it. With no slot reserved. */
 void pages_use_page_size(struct pages *pages, int kept_page_size);

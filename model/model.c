@@ -447,6 +447,14 @@ static int prefill_layers(struct model *m, const struct prefill *in, const struc
     return OK;
 }
 
+/* Lanes that an earlier turn left in 8 bits become plain: a follow-up's rows come behind them. */
+static int widen_lanes(struct model *m, const struct prefill *in, const struct kv_view *kv)
+{
+    for (int i = 0; i < in->n_seqs && kv->format != KV_PLAIN; i++)
+        if (in->sequence[i].continues) TRY(ops_kv_widen(m->ops, kv, in->slot[i]));
+    return OK;
+}
+
 int model_prefill(struct model *m, const struct prefill *in, const struct kv_view *kv, struct policy *policy,
                   const struct sampling_state *sampling)
 {
@@ -454,6 +462,7 @@ int model_prefill(struct model *m, const struct prefill *in, const struct kv_vie
     if (in->n_tokens > m->n_rows || in->n_seqs > m->options.max_seqs || in->n_images > m->options.max_images)
         FAIL(ERR_BUG, "prefill of %d tokens, %d sequences, %d images; opened for %d, %d, %d", in->n_tokens, in->n_seqs,
              in->n_images, m->n_rows, m->options.max_seqs, m->options.max_images);
+    TRY(widen_lanes(m, in, kv));
     TRY(upload_prefill(m, in));
     TRY(tp_embed(&m->tp, tensor_rows(m->x, 0, in->n_tokens), &m->weights, m->ids));
     TRY(insert_images(m, in));

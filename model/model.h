@@ -36,7 +36,7 @@ struct prefill {
     const uint8_t *pixels;    /* [n_images, size, size, 3] host */
     const int32_t *image_row; /* [n_images] host: first row of the step that image i's features replace */
     const bool *ends;         /* [n_seqs] this chunk ends its prompt: sample a token, let the policy compress */
-    const struct policy_sequence *sequence; /* [n_seqs]; read where ends */
+    const struct policy_sequence *sequence; /* [n_seqs]; read where ends, `continues` of all */
     int *kept; /* [n_seqs, n_layers] out, host: tokens kept in each lane of a layer; written where ends */
 };
 

@@ -104,10 +104,6 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
              "a follow-up would be read over the cache's part on the device alone: kv_cache.evicted: host "
              "with kv_cache.policy %s serves single turns",
              policy->vt->name);
-    if (request->n_followup && e->resources.kv.format != KV_PLAIN)
-        FAIL(ERR_REQUEST,
-             "a follow-up is read over the lanes of what came before, which kv_cache.dtype stores in 8 bits: "
-             "follow-ups are served with kv_cache.dtype auto");
     if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
         judging = policy_judging_rows(policy, &sequence);
         if (policy->vt->whole_prompt) judging = request->n_ids;

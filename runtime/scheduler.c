@@ -400,10 +400,15 @@ int scheduler_plan(struct scheduler *s, struct step_message *message, bool *work
 void scheduler_prompt_ended(struct scheduler *s, int slot, const int *kept)
 {
     struct sequence *seq = &s->slots[slot];
-    if (seq->turn) return;
+    const bool uneven = s->config->kv_cache.heads == KV_HEADS_ADAPTIVE;
+    if (seq->turn) {
+        pages_resize(s->pages, slot, seq->kept, seq->n_behind + seq->request.max_tokens, uneven);
+        return;
+    }
     memcpy(seq->kept, kept, (size_t)s->dims->n_layers * sizeof *kept);
-    bool uneven = s->config->kv_cache.heads == KV_HEADS_ADAPTIVE;
-    pages_resize(s->pages, slot, kept, tokens_behind(&seq->request), uneven);
+    /* A follow-up's prompt finds plain lanes again, whatever the answer before it reads. */
+    (seq->request.n_followup ? pages_resize_plain : pages_resize)(s->pages, slot, kept, tokens_behind(&seq->request),
+                                                                  uneven);
     if (!s->host_pages) return;
     for (int l = 0; l < s->dims->n_layers; l++) s->gone[l] = seq->request.n_ids - kept[l];
     pages_resize(s->host_pages, slot, s->gone, 0, uneven);

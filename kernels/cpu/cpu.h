@@ -97,6 +97,7 @@ int cpu__recall(struct ops *o, int32_t *entry, const int32_t *count, int stride,
 int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                  int n_drops);
 int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
+int cpu__kv_widen(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                     const int *window);

@@ -1,6 +1,6 @@
-/* The paged cache: append, pack, quantise, release. Page numbers are popped and pushed by one thread in a fixed order,
- * so page rows are the same in every run; rows of numbers are copied in parallel. Every op leaves free pages + pages
- * below the lanes' lengths = all pages, also when it reports an error. */
+/* The paged cache: append, pack, quantise, widen, release. Page numbers are popped and pushed by one thread in a fixed
+ * order, so page rows are the same in every run; rows of numbers are copied in parallel. Every op leaves free pages +
+ * pages below the lanes' lengths = all pages, also when it reports an error. */
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
@@ -19,21 +19,27 @@ int cpu__kv_reset(struct ops *o, const struct kv_view *kv)
     return OK;
 }
 
-/* Grows a lane by n tokens; its length before, or -1 (and the error word set) where it cannot grow. */
-static int grow_lane(const struct kv_view *kv, int lane, int n)
+/* Pops what a lane of `have` pages lacks; false (and the error word set) where there are none. */
+static bool take_pages(const struct kv_view *kv, int lane, int have, int wanted)
 {
-    int length = kv->lane_len[lane], have = lane__pages_of(kv, lane, length);
-    int wanted = lane__pages_of(kv, lane, (int64_t)length + n);
+    int32_t *row = lane__page_row(kv, lane);
     if (wanted > kv->max_pages) {
         *kv->error |= KV_ERROR_LANE_FULL;
-        return -1;
+        return false;
     }
     if (wanted - have > *kv->free_count) {
         *kv->error |= KV_ERROR_NO_FREE_PAGE;
-        return -1;
+        return false;
     }
-    int32_t *row = lane__page_row(kv, lane);
     while (have < wanted) row[have++] = kv->free_stack[--*kv->free_count];
+    return true;
+}
+
+/* Grows a lane by n tokens; its length before, or -1 (and the error word set) where it cannot grow. */
+static int grow_lane(const struct kv_view *kv, int lane, int n)
+{
+    const int length = kv->lane_len[lane], wanted = lane__pages_of(kv, lane, (int64_t)length + n);
+    if (!take_pages(kv, lane, lane__pages_of(kv, lane, length), wanted)) return -1;
     kv->lane_len[lane] = length + n;
     return length;
 }
@@ -205,6 +211,44 @@ int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot)
         kv->lane_format[lane] = (int32_t)kv->format;
         for (int i = had - 1; i >= lane__pages_of(kv, lane, kv->lane_len[lane]); i--)
             kv->free_stack[(*kv->free_count)++] = row[i];
+    }
+    return OK;
+}
+
+/* The elements of a key or value, from the last piece to the first: of codes that lie where the elements begin none is
+ * overwritten before it is read. */
+static void widen_row(const struct vector_ops *v, enum kv_format format, float *x, const uint8_t *code, float scale,
+                      int dim)
+{
+    enum { PIECE = 64 };
+    uint8_t copy[PIECE];
+    for (int first = (dim - 1) / PIECE * PIECE; first >= 0; first -= PIECE) {
+        const int n = cpu__min(PIECE, dim - first);
+        memcpy(copy, code + first, (size_t)n);
+        v->widen_codes(x + first, copy, format == KV_FP8, n);
+        v->scale(x + first, scale, n);
+    }
+}
+
+int cpu__kv_widen(struct ops *o, const struct kv_view *kv, int slot)
+{
+    const int first = slot * kv->lanes_per_slot, end = first + kv->lanes_per_slot;
+    const struct vector_ops *v = cpu__of(o)->vector;
+    /* In place: tokens descend, so a token's elements lie behind all codes that are still to be read. */
+#pragma omp parallel for num_threads(cpu__of(o)->n_threads) schedule(dynamic, 1) ordered
+    for (int lane = first; lane < end; lane++) {
+        const enum kv_format format = lane__format(kv, lane);
+        const int length = kv->lane_len[lane];
+        bool widens = false;
+#pragma omp ordered
+        widens = format != KV_PLAIN && take_pages(kv, lane, lane__pages_of(kv, lane, length), lane__pages(kv, length));
+        for (int i = length - 1; widens && i >= 0; i--) {
+            widen_row(v, format, lane__key(kv, lane, i), lane__key_codes(kv, lane, i), *lane__key_scale(kv, lane, i),
+                      kv->head_dim);
+            widen_row(v, format, lane__value(kv, lane, i), lane__value_codes(kv, lane, i),
+                      *lane__value_scale(kv, lane, i), kv->head_dim);
+        }
+        if (widens) kv->lane_format[lane] = KV_PLAIN;
     }
     return OK;
 }

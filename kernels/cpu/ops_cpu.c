@@ -223,6 +223,7 @@ const struct ops_vt ops_cpu = {
     .recall = cpu__recall,
     .kv_drop = cpu__kv_drop,
     .kv_quantise = cpu__kv_quantise,
+    .kv_widen = cpu__kv_widen,
     .kv_release = cpu__kv_release,
     .select_top = cpu__select_top,
     .split_budgets = cpu__split_budgets,

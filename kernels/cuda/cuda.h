@@ -180,6 +180,7 @@ int cuda__recall(struct ops *o, int32_t *entry, const int32_t *count, int stride
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                   int n_drops);
 int cuda__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
+int cuda__kv_widen(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__select_top(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
                      const int *window);

@@ -347,6 +347,7 @@ const struct ops_vt ops_cuda = {
     .recall = cuda__recall,
     .kv_drop = cuda__kv_drop,
     .kv_quantise = cuda__kv_quantise,
+    .kv_widen = cuda__kv_widen,
     .kv_release = cuda__kv_release,
     .select_top = cuda__select_top,
     .split_budgets = cuda__split_budgets,

@@ -1,5 +1,6 @@
-/* CUDA's lanes in 8 bits against the CPU's: the same codes and scales after prompts, packs, quantising, decode steps
- * and releases, with the invariant of the pages; RoPE's keys; decode attention of every shape; what is refused. */
+/* CUDA's lanes in 8 bits against the CPU's: the same codes and scales after prompts, packs, quantising, decode steps,
+ * ways back to plain lanes and releases, with the invariant of the pages; RoPE's keys; decode attention of every shape;
+ * what is refused. */
 #include "kernels/quantise.h"
 #include "tests/cuda/cuda_cache.h"
 
@@ -10,6 +11,19 @@ static void quantise(struct cuda_fixture *f, const struct cache *c, int slot)
 {
     RUN(f, ops_kv_quantise(&f->gpu, &c->gpu, slot));
     RUN(f, ops_kv_quantise(&f->cpu->ops, &c->cpu, slot));
+}
+
+/* Back to plain lanes: the CPU's products are rounded as the device rounds them. */
+static void widen(struct cuda_fixture *f, const struct cache *c, int slot)
+{
+    RUN(f, ops_kv_widen(&f->gpu, &c->gpu, slot));
+    RUN(f, ops_kv_widen(&f->cpu->ops, &c->cpu, slot));
+    for (int lane = slot * c->cpu.lanes_per_slot; lane < (slot + 1) * c->cpu.lanes_per_slot; lane++)
+        for (int i = 0; i < c->cpu.lane_len[lane]; i++)
+            for (int value = 0; value < 2; value++) {
+                float *x = (float *)(value ? fixture_value(&c->cpu, lane, i) : fixture_key(&c->cpu, lane, i));
+                for (int d = 0; d < c->cpu.head_dim; d++) x[d] = cuda_round(x[d], f->dtype);
+            }
 }
 
 static void release(struct cuda_fixture *f, const struct cache *c, int slot)
@@ -34,6 +48,14 @@ static struct attention_heads heads_of(int n_kv_heads, int dim, int layer)
 }
 
 /* ---- the cache ---- */
+
+static int longest_of(const struct cache *c, int slot)
+{
+    int longest = 0;
+    for (int i = slot * LANES; i < (slot + 1) * LANES; i++)
+        longest = c->cpu.lane_len[i] > longest ? c->cpu.lane_len[i] : longest;
+    return longest;
+}
 
 enum stage { EMPTY, PROMPT, QUANTISED };
 
@@ -61,6 +83,17 @@ static enum stage act(struct cuda_fixture *f, struct cache *c, int slot, enum st
         cuda_what(f, "release of slot %d", slot);
         release(f, c, slot);
         return EMPTY;
+    }
+    const int rest = LONGEST - longest_of(c, slot); /* a plain lane has room for no more */
+    if (rest > 0 && fixture_int(f->cpu, 0, 3) == 0) {
+        cuda_what(f, "slot %d plain again, heads of %d", slot, dim);
+        widen(f, c, slot);
+        if (fixture_int(f->cpu, 0, 1)) widen(f, c, slot); /* changes nothing */
+        for (int layer = 0; layer < LAYERS; layer++) {
+            const struct attention_heads heads = heads_of(KV_HEADS, dim, layer);
+            cache_fill(f, c, &heads, slot, (rest + 1) / 2);
+        }
+        return PROMPT;
     }
     cuda_what(f, "tokens for slot %d, heads of %d", slot, dim);
     for (int i = fixture_int(f->cpu, 1, 20); i > 0 && c->cpu.lane_len[slot * LANES] < LONGEST - 1; i--)
@@ -122,6 +155,12 @@ static void test_many_lanes(void)
         EXPECT(f, *cache_fetch(f, &c).free_count == c.gpu.n_pages - lanes * ((n + 31) / 32));
         quantise(f, &c, 0); /* changes nothing */
         append_one(f, &c, &heads, slot, 1);
+        cache_check(f, &c);
+        cuda_what(f, "%d lanes of %d tokens, plain again", lanes, n + 1);
+        widen(f, &c, 0);
+        cache_check(f, &c);
+        cuda_what(f, "%d lanes of %d tokens, quantised again", lanes, n + 1);
+        quantise(f, &c, 0);
         cache_check(f, &c);
         cuda_clear(f);
     }
@@ -302,9 +341,25 @@ static void test_refusals(void)
     RUN(f, ops_zero(&f->gpu, c.gpu.error, sizeof(int32_t)));
     RUN(f, ops_kv_pack(&f->gpu, &c.gpu, 0, 0, 2, kept.gpu, 1, n_keep));
     cache_check(f, &c); /* as on the CPU: refused, and said so */
+    struct cache full = cache_take(f, 2, 1, 4, 3, 16, 16, STALE_LARGE);
+    const struct attention_heads one = heads_of(1, 16, 0);
+    cuda_what(f, "a lane that finds no page to become plain, then one");
+    cache_quantise(f, &full, KV_INT8);
+    cache_fill(f, &full, &one, 0, 20);
+    quantise(f, &full, 0);
+    cache_fill(f, &full, &one, 1, 20);
+    widen(f, &full, 1); /* is plain */
+    RUN(f, ops_kv_widen(&f->gpu, &full.gpu, 0));
+    RUN(f, ops_kv_widen(&f->cpu->ops, &full.cpu, 0));
+    EXPECT(f, *full.cpu.error == KV_ERROR_NO_FREE_PAGE && full.cpu.lane_format[0] == KV_INT8);
+    cache_check(f, &full);
+    release(f, &full, 1);
+    widen(f, &full, 0);
+    cache_check(f, &full);
     struct cache wide = cache_take(f, 1, 1, 2, 2, 32, 16, STALE_LARGE);
     cache_quantise(f, &wide, KV_INT8);
     EXPECT(f, ops_kv_quantise(&f->gpu, &wide.gpu, 0) == ERR_UNSUPPORTED);
+    EXPECT(f, ops_kv_widen(&f->gpu, &wide.gpu, 0) == ERR_UNSUPPORTED);
     cuda_end(f);
 }
 

@@ -5,7 +5,11 @@
 
 static struct ranks ranks;
 
-enum { ASKED = 10, LONG = 6 /* of them are, the others have 1 to 10 tokens */, CODE_PAGE = 64 /* tokens of a page in 8 bits on CPU ranks */ };
+enum {
+    ASKED = 10,
+    LONG = 6 /* of them are, the others have 1 to 10 tokens */,
+    CODE_PAGE = 64 /* tokens of a page in 8 bits on CPU ranks */
+};
 
 static void ask_all(struct service *s, struct answer *a)
 {

@@ -1,5 +1,5 @@
 /* Keys and values in 8 bits: codes and scales against the oracle's vectors, attention over them, and random prompts,
- * packs, quantisings, decode steps and releases against plain arrays, with the invariant of the pages. */
+ * packs, quantisings, decode steps, ways back and releases against plain arrays, with the invariant of the pages. */
 #include "kernels/cpu/vector.h"
 #include "kernels/quantise.h"
 #include "tests/ops_fixture.h"
@@ -275,12 +275,30 @@ static int longest_of(const struct model *m, int slot)
     return longest;
 }
 
-/* A prompt and perhaps a pack, then quantised in the format of the moment; tokens; a release. */
+/* Back to plain lanes: codes times scales. */
+static void widen(struct fixture *f, const struct kv_view *kv, struct model *m, int slot)
+{
+    for (int lane = slot * LANES; lane < (slot + 1) * LANES; lane++)
+        for (int i = 0; i < m->length[lane]; i++)
+            for (int value = 0; value < 2; value++)
+                for (int d = 0; d < DIM; d++)
+                    m->row[lane][i][value][d] =
+                        quantise_value(m->format[slot], codes_of(kv, lane, i, value)[d]) * scale_of(kv, lane, i, value);
+    m->quantised[slot] = false;
+    CHECK_OK(ops_kv_widen(&f->ops, kv, slot));
+    if (fixture_int(f, 0, 1)) CHECK_OK(ops_kv_widen(&f->ops, kv, slot)); /* changes nothing */
+}
+
+/* A prompt and perhaps a pack, then quantised in the format of the moment; tokens; perhaps plain again, for the rows of
+ * a second prompt; a release. */
 static void act(struct fixture *f, struct kv_view *kv, struct model *m, int slot)
 {
     int longest = longest_of(m, slot), kind = fixture_int(f, 0, 9);
     if (longest == 0 && !m->quantised[slot]) {
         append(f, kv, m, slot, fixture_int(f, 1, LONGEST - 50), false);
+    } else if (m->quantised[slot] && kind < 3) {
+        widen(f, kv, m, slot);
+        if (longest < LONGEST) append(f, kv, m, slot, fixture_int(f, 1, LONGEST - longest), false);
     } else if (!m->quantised[slot]) {
         if (fixture_int(f, 0, 1)) pack(f, kv, m, slot);
         if (fixture_int(f, 0, 3) == 0) kv->format = formats[fixture_int(f, 0, 1)];
@@ -288,7 +306,7 @@ static void act(struct fixture *f, struct kv_view *kv, struct model *m, int slot
         m->format[slot] = kv->format;
         CHECK_OK(ops_kv_quantise(&f->ops, kv, slot));
         if (fixture_int(f, 0, 1)) CHECK_OK(ops_kv_quantise(&f->ops, kv, slot)); /* changes nothing */
-    } else if (kind == 0 || longest == LONGEST) {
+    } else if (kind == 3 || longest == LONGEST) {
         enum kv_format format = kv->format;
         kv->format = KV_PLAIN; /* lanes know how they are stored */
         CHECK_OK(ops_kv_release(&f->ops, kv, slot));
@@ -328,6 +346,84 @@ static void test_random(void)
     run_random(16, 1);
     run_random(1, 5);
     run_random(7, 9);
+}
+
+/* ---- the way back ---- */
+
+/* Rows of all sizes, of zeros, of one element: what is quantised once more has the same codes, and its scale but for
+ * the rounding of a product and a quotient. */
+static void check_again(enum kv_format format, int dim, int n, uint64_t seed)
+{
+    struct fixture *f = fixture_open(2, seed);
+    const int pages = (n + 15) / 16;
+    struct kv_view kv = fixture_cache(f, 1, KV_HEADS, pages, KV_HEADS * pages, 16, dim);
+    const struct attention_heads heads = {KV_HEADS, KV_HEADS, dim, 0, 1};
+    struct tensor k = fixture_3d(f, n, KV_HEADS, dim, 0), v = fixture_3d(f, n, KV_HEADS, dim, 3);
+    uint8_t *code = fixture_take(f, (size_t)(KV_HEADS * n * 2 * dim));
+    float *scale = fixture_take(f, sizeof *scale * (size_t)(KV_HEADS * n * 2));
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < KV_HEADS * dim; d++) {
+            fixture_row(k, i)[d] = i % 7 == 3 ? 0 : ldexpf(fixture_row(k, i)[d], i % 60 - 30);
+            if (i % 5 == 2 && d % dim != i % dim) fixture_row(v, i)[d] = 0;
+        }
+    fixture_quantise(f, &kv, format);
+    append_prompt(f, &kv, &heads, 0, k, v);
+    for (int turn = 0; turn < 3; turn++) {
+        CHECK_OK(ops_kv_quantise(&f->ops, &kv, 0));
+        for (int row = 0; row < KV_HEADS * n * 2; row++) {
+            const int lane = row / 2 / n, i = row / 2 % n;
+            const uint8_t *now = codes_of(&kv, lane, i, row % 2);
+            const float by = scale_of(&kv, lane, i, row % 2);
+            if (turn) CHECK(fixture_same(now, code + row * dim, (size_t)dim) && fabsf(by - scale[row]) <= 3e-7f * by);
+            memcpy(code + row * dim, now, (size_t)dim);
+            scale[row] = by;
+        }
+        CHECK_OK(ops_kv_widen(&f->ops, &kv, 0));
+        for (int row = 0; row < KV_HEADS * n * 2; row++) {
+            const float *x =
+                row % 2 ? fixture_value(&kv, row / 2 / n, row / 2 % n) : fixture_key(&kv, row / 2 / n, row / 2 % n);
+            for (int d = 0; d < dim; d++) CHECK(x[d] == quantise_value(format, code[row * dim + d]) * scale[row]);
+        }
+        CHECK(fixture_pages_ok(&kv) && *kv.free_count == 0 && *kv.error == 0);
+    }
+    fixture_close(f);
+}
+
+static void test_again(void)
+{
+    static const int dims[] = {8, 64, 65, 128, 200}, lengths[] = {1, 15, 16, 17, 63, 64, 65, 129};
+    for (int i = 0; i < 16; i++) check_again(formats[i % 2], dims[i % 5], lengths[i % 8], (uint64_t)i);
+}
+
+/* Lanes that find no page stay as they are, the others become plain. */
+static void test_no_page(void)
+{
+    struct fixture *f = fixture_open(1, 6);
+    struct kv_view kv = fixture_cache(f, 2, 2, 5, 13, 4, 8); /* 16 codes a page */
+    const struct attention_heads heads = {2, 2, 8, 0, 1};
+    struct tensor x = fixture_3d(f, 20, 2, 8, 0);
+    fixture_quantise(f, &kv, KV_INT8);
+    append_prompt(f, &kv, &heads, 0, x, x); /* 10 pages, then 4 */
+    CHECK_OK(ops_kv_quantise(&f->ops, &kv, 0));
+    append_prompt(f, &kv, &heads, 1, tensor_rows(x, 0, 9), tensor_rows(x, 0, 9)); /* 6 */
+    CHECK(*kv.free_count == 3);
+    const uint8_t code = codes_of(&kv, 1, 19, true)[7];
+    CHECK_OK(ops_kv_widen(&f->ops, &kv, 0));
+    CHECK(*kv.error == KV_ERROR_NO_FREE_PAGE && *kv.free_count == 0 && fixture_pages_ok(&kv));
+    CHECK(kv.lane_format[0] == KV_PLAIN && kv.lane_format[1] == KV_INT8 && codes_of(&kv, 1, 19, true)[7] == code);
+    CHECK_OK(ops_kv_release(&f->ops, &kv, 1));
+    *kv.error = 0;
+    CHECK_OK(ops_kv_widen(&f->ops, &kv, 0));
+    CHECK(*kv.error == 0 && kv.lane_format[1] == KV_PLAIN && *kv.free_count == 3 && fixture_pages_ok(&kv));
+    CHECK(fabsf(fixture_value(&kv, 1, 19)[7] - fixture_row(x, 19)[15]) < 0.02f);
+    CHECK_OK(ops_kv_quantise(&f->ops, &kv, 0));
+    kv.max_pages = 4; /* one too few */
+    int32_t *row = fixture_take(f, sizeof *row * 16);
+    for (int lane = 0; lane < 4; lane++) memcpy(row + 4 * lane, kv.page_row + 5 * lane, sizeof *row * 4);
+    kv.page_row = row;
+    CHECK_OK(ops_kv_widen(&f->ops, &kv, 0));
+    CHECK(*kv.error == KV_ERROR_LANE_FULL && kv.lane_format[0] == KV_INT8 && fixture_pages_ok(&kv));
+    fixture_close(f);
 }
 
 /* ---- attention over random lanes, against double precision on the numbers that the codes stand for ---- */
@@ -411,10 +507,12 @@ static void test_refusals(void)
     struct tensor x = fixture_3d(f, 3, 1, 8, 0), out = fixture_3d(f, 1, 1, 8, 0);
     struct seq_batch one = {.n_seqs = 1, .n_tokens = 1, .slot = slots};
     CHECK_FAILS(ops_kv_quantise(&f->ops, &kv, 0), ERR_ARG, "plain");
+    CHECK_FAILS(ops_kv_widen(&f->ops, &kv, 0), ERR_ARG, "plain");
     kv.format = KV_INT8;
     CHECK_FAILS(ops_kv_quantise(&f->ops, &kv, 0), ERR_ARG, "kv.scale is NULL");
     fixture_quantise(f, &kv, KV_FP8);
     CHECK_FAILS(ops_kv_quantise(&f->ops, &kv, 2), ERR_ARG, "slot 2");
+    CHECK_FAILS(ops_kv_widen(&f->ops, &kv, -1), ERR_ARG, "slot -1");
     for (int slot = 0; slot < 2; slot++) append_prompt(f, &kv, &heads, slot, x, x);
     CHECK_OK(ops_kv_quantise(&f->ops, &kv, 0));
     CHECK_FAILS(ops_kv_pack(&f->ops, &kv, 0, 0, 1, keep, 1, n_keep), ERR_ARG, "quantised");
@@ -457,6 +555,8 @@ int main(void)
                                                             {"rows of the oracle", test_rows},
                                                             {"attention of the oracle", test_attention_vectors},
                                                             {"random lanes and their pages", test_random},
+                                                            {"plain again, and quantised again", test_again},
+                                                            {"plain again without pages", test_no_page},
                                                             {"decode over quantised lanes", test_decode},
                                                             {"refusals", test_refusals},
                                                             {"values that are not finite", test_not_finite},

@@ -132,6 +132,8 @@ static void test_kept_pages(void)
     CHECK(b.heads[0] == 2);
     pages_use_page_size(pages, 2 * PAGE);
     CHECK(pages_reserve(pages, 0, 3 * PAGE) && pages_free(pages) == 100 - LAYERS * 2 * 3);
+    pages_resize_plain(pages, 0, length, 8, false);
+    CHECK(pages_free(pages) == 100 - (4 * 2 * 3 + 2));
     pages_resize(pages, 0, length, 8, false);
     CHECK(pages_free(pages) == 100 - (4 * 2 * 2 + 2));
     pages_release(pages, 0);

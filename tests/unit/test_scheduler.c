@@ -482,6 +482,54 @@ static void test_results_order(void)
 
 static int asked_about; /* prompt tokens */
 
+/* ---- a second turn's pages, where what is kept takes fewer ---- */
+
+static void ignore_done(void *arg, const struct completion *c) { *(int *)arg += c->n_tokens > 0; }
+
+/* Free pages of the fullest rank once `n` tokens were kept in every lane, in pages of so many tokens. */
+static int64_t free_with(const struct sim *s, int n, int page_tokens)
+{
+    int64_t first = 0, second = 0;
+    for (int l = 0; l < LAYERS; l++) first += s->heads[l], second += s->heads[LAYERS + l];
+    return s->total - (first > second ? first : second) * ((n + page_tokens - 1) / page_tokens);
+}
+
+static void test_pages_of_second_turn(void)
+{
+    enum { PROMPT = 100, KEPT = 50, FIRST = 9, NEXT = 40, SECOND = 20, CODE_PAGE = 32, EARLY = 4 };
+    struct sim *s = sim_open(300, 100, 4, 200);
+    struct request r = {.n_ids = PROMPT, .max_tokens = FIRST, .budget = {1, 0}, .n_followup = NEXT};
+    const int kept[LAYERS] = {KEPT, KEPT, KEPT};
+    int32_t token[SLOTS] = {0};
+    int done = 0, ended = 0;
+    bool work = true;
+    r.followup_max_tokens = SECOND;
+    r.ids = calloc(PROMPT, sizeof *r.ids);
+    r.followup = calloc(NEXT, sizeof *r.followup);
+    scheduler_use_storage(s->scheduler, CODE_PAGE, TOKEN_BYTES / 2);
+    CHECK_OK(scheduler_submit(s->scheduler, &r, (struct sink){&done, NULL, ignore_done}, 1));
+    for (int i = 0; i < 100 && work; i++) {
+        CHECK_OK(scheduler_plan(s->scheduler, &s->message, &work));
+        if (work && s->message.head.n_chunks) {
+            struct step_view v;
+            CHECK_OK(step_read(&s->message, IMAGE_BYTES, &v));
+            const bool ends = v.chunk[0].ends, second = v.chunk[0].continues;
+            CHECK(second == (ended > 0));
+            /* A follow-up's prompt is read over plain lanes, and what it needs stays reserved until it has ended. */
+            if (!second) CHECK(pages_free(s->pages) == free_with(s, PROMPT + FIRST + NEXT + SECOND, 16));
+            if (second) CHECK(pages_free(s->pages) == free_with(s, KEPT + FIRST + NEXT + SECOND, 16));
+            if (ends) scheduler_prompt_ended(s->scheduler, v.chunk[0].slot, kept);
+            if (ends && second) CHECK(pages_free(s->pages) == free_with(s, KEPT + EARLY + NEXT + SECOND, CODE_PAGE));
+            ended += ends;
+        }
+        token[0] = ended == 1 && s->message.head.number == EARLY ? EOS : 10; /* the first answer ends early */
+        const uint64_t pending = scheduler_pending(s->scheduler);
+        if (pending) CHECK_OK(scheduler_collect(s->scheduler, &(struct step_results){.step = pending, .token = token}));
+    }
+    CHECK(done == 2 && ended == 2 && pages_free(s->pages) == s->total);
+    sim_close(s);
+}
+
 static struct policy_reads note_reads(const struct policy *policy, const struct policy_sequence *sequence, double kept,
                                       int before)
 {
@@ -531,6 +579,7 @@ int main(void)
                                               {"results in order", test_results_order},
                                               {"random work, every step and answer checked", test_random},
                                               {"abort at any step", test_abort},
+                                              {"pages of a second turn", test_pages_of_second_turn},
                                               {"what a second turn reads", test_reads_of_second_turn},
                                               {0}};
     if (tokenizer_open_json(SOURCE_DIR "/models/demo-vlm/tokenizer.json", NULL, &tokenizer)) {
