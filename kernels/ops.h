@@ -128,14 +128,15 @@ struct heavy_hitters {
 };
 
 /* The entries of lanes that a decode step attends to, device: list r * n_kv_heads + h for row r and KV head h of the
- * layer. */
+ * layer, or r * n_heads + h for row r and query head h. */
 struct kv_list {
-    const int32_t *entry; /* [n_rows * n_kv_heads, stride] entries of the lane, each once, in any order; a negative
-                             one is entry ~e of the same lane in `host` */
-    const int32_t *count; /* [n_rows * n_kv_heads] how many, at most stride; < 0: the whole lane, of kv alone */
+    const int32_t *entry; /* [n_lists, stride] entries of the lane, each once, in any order; a negative one is entry
+                             ~e of the same lane in `host` */
+    const int32_t *count; /* [n_lists] how many, at most stride; < 0: the whole lane, of kv alone */
     int stride;
     const struct kv_view *host;     /* of kv's geometry; NULL: no entry is negative */
     const struct kv_recent *recent; /* entries from RECENT_ENTRY on are its places; NULL: there are none */
+    bool per_query_head;            /* each query head has a list of its own, of its KV head's lane */
 };
 enum { RECENT_ENTRY = 1 << 30 };
 
@@ -216,6 +217,10 @@ struct kv_clusters {
     int first_lane, n_lanes, max_clusters, max_entries;
 };
 enum { MOST_CLUSTERS = 4096 /* of a lane */ };
+
+/* A cluster's score: the largest or the mean q . centroid over the query heads of a KV head, which share a list; or
+ * each query head's own, for a list of its own. */
+enum cluster_kv_group { CLUSTER_KV_MAX, CLUSTER_KV_MEAN, CLUSTER_KV_QUERY_HEAD };
 
 /* Entries of all clustered lanes of a slot that become clusters of their own: a run, or listed ones that are about to
  * go to host memory, the i-th as entry i of the lane there. */
@@ -345,9 +350,9 @@ struct ops_vt {
     size_t (*cluster_bytes)(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);
     int (*cluster_keys)(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                         const struct cluster_job *job);
-    int (*select_clusters)(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                           const struct kv_clusters *clusters);
+    int (*select_clusters)(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                           enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                           const struct attention_heads *heads, const struct kv_clusters *clusters);
     /* cache */
     int (*kv_reset)(struct ops *o, const struct kv_view *kv);
     int (*kv_append)(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,

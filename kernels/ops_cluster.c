@@ -57,9 +57,9 @@ int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_cl
     return o->vt->cluster_keys(o, kv, clusters, job);
 }
 
-int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                        const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                        const struct kv_clusters *clusters)
+int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                        enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                        const struct attention_heads *heads, const struct kv_clusters *clusters)
 {
     const char *op = __func__;
     TRY(ops_check__kv(op, o, kv));
@@ -75,7 +75,7 @@ int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int strid
     if (!batch->n_seqs) return OK;
     POINTER(entry);
     POINTER(count);
-    return o->vt->select_clusters(o, entry, count, stride, q, mean, batch, kv, heads, clusters);
+    return o->vt->select_clusters(o, entry, count, stride, q, by, batch, kv, heads, clusters);
 }
 
 /* ---- to host memory ---- */

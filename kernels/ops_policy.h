@@ -25,16 +25,16 @@ size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max
  * list's entries the places in the list are written, as ~place: they are to be moved to host memory afterwards. */
 int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                      const struct cluster_job *job) MUST_CHECK;
-/* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head the entries before the
- * clustered ones, `budget` of the clustered ones (all, if there are fewer), and all behind them. Clusters come in
- * falling order of the largest (or mean) q . centroid of the group's heads (equal: the lower cluster), entries within
- * in theirs; the last cluster is cut. q [n, n_heads, head_dim], after kv_append. count -1 (the whole lane) where the
- * lane has no clusters, or where the budget takes them all and none is in host memory; 0 for a padding row. The order
- * of a list is fixed but means nothing. stride: room of a list; what a lane's list takes more than that is a bug, and
- * its whole lane is read. Device work only. */
-int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                        const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                        const struct kv_clusters *clusters) MUST_CHECK;
+/* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head (or, by query head,
+ * for each row and query head) the entries before the clustered ones, `budget` of the clustered ones (all, if there are
+ * fewer), and all behind them. Clusters come in falling order of their scores (enum cluster_kv_group; equal: the lower
+ * cluster), entries within in theirs; the last cluster is cut. q [n, n_heads, head_dim], after kv_append. count -1 (the
+ * whole lane) where the lane has no clusters, or where the budget takes them all and none is in host memory; 0 for a
+ * padding row. The order of a list is fixed but means nothing. stride: room of a list; what a lane's list takes more
+ * than that is a bug, and its whole lane is read. Device work only. */
+int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                        enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                        const struct attention_heads *heads, const struct kv_clusters *clusters) MUST_CHECK;
 /* ops_list_others - of each of n_lanes lists the numbers below n that it does not hold, ascending: other[i *
  * other_stride + 0 .. n - n_keep[i]) (device) from keep[i * keep_stride + 0 .. n_keep[i]) (ascending, below n, device;
  * n_keep host). */

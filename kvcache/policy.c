@@ -104,6 +104,10 @@ static int check_evicted(const struct policy_config *config, const struct policy
              "kv_cache.evicted: host with kv_cache.dtype %s: recall reads the model's dtype alone; set "
              "kv_cache.dtype to auto",
              config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8");
+    if (vt->open && config->cluster_kv.group == CLUSTER_KV_QUERY_HEAD)
+        FAIL(ERR_CONFIG,
+             "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head: tokens are recalled once for each KV "
+             "head; set kv_cache.cluster_kv.group to max or mean, or kv_cache.evicted to free");
     return OK;
 }
 
@@ -198,8 +202,7 @@ struct policy_reads policy_step_reads(const struct policy *policy, const struct 
                                       int before)
 {
     const struct policy *decoder = policy->recall ? policy->recall : policy;
-    if (decoder->vt && decoder->vt->reads && policy_runs(policy, sequence))
-        return decoder->vt->reads(decoder, sequence, kept, before);
+    if (decoder->vt && decoder->vt->reads) return decoder->vt->reads(decoder, sequence, kept, before);
     return (struct policy_reads){.tokens = kept + before + 1};
 }
 

@@ -89,7 +89,6 @@ struct quest_options {
 };
 
 /* Options of ClusterKV (arXiv 2412.03213). */
-enum cluster_kv_group { CLUSTER_KV_MAX, CLUSTER_KV_MEAN };
 struct cluster_kv_options {
     int sinks;              /* first tokens, in no cluster and always attended to, 16 */
     int full_layers;        /* first layers that read their whole lanes, 2 */
@@ -97,7 +96,7 @@ struct cluster_kv_options {
     int iterations;         /* of k-means, 20 */
     int window;             /* generated tokens that become clusters together; until then all are attended to, 320 */
     int window_clusters;    /* how many they become, 4 */
-    int group;              /* enum cluster_kv_group: a cluster's score, over the query heads of a KV head */
+    int group;              /* enum cluster_kv_group: whose lists, by which scores of the query heads */
 };
 
 /* Options of Expected Attention. */
@@ -209,8 +208,8 @@ struct policy_keep {
     int lane;              /* the lists' first lane within the slot; those before it keep everything */
 };
 
-/* What a decode step of a sequence reads of the cache: entries (K and V) of a lane, as the mean over layers, and bytes
- * of what the policy keeps beside them, of all layers and the heads of all ranks. */
+/* What a decode step of a sequence reads of the cache: entries (K and V) of a lane, once for each list that names them,
+ * as the mean over layers, and bytes of what the policy keeps beside them, of all layers and the heads of all ranks. */
 struct policy_reads {
     double tokens;
     int64_t beside_bytes;
@@ -247,9 +246,9 @@ struct policy_vt {
     int (*decode_attention)(struct policy *policy, const struct policy_decode *in);
     /* After each decode step, outside of what is captured: slot [n] (host) has each got one more token. Collective. */
     int (*decode_end)(struct policy *policy, const int32_t *slot, int n);
-    /* What a decode step reads of a sequence that the policy runs for: prompt_tokens and budget of `sequence` alone are
-     * looked at; `kept` tokens of the prompt stayed (mean over layers) and `before` followed before this step's own.
-     * Arithmetic on the host. Absent: the whole lanes. */
+    /* What a decode step reads of a sequence, also of one that the policy does not run for: prompt_tokens and budget of
+     * `sequence` alone are looked at; `kept` tokens of the prompt stayed (mean over layers) and `before` followed
+     * before this step's own. Arithmetic on the host. Absent: the whole lanes. */
     struct policy_reads (*reads)(const struct policy *policy, const struct policy_sequence *sequence, double kept,
                                  int before);
 };
@@ -269,8 +268,9 @@ struct policy {
 int policy_find(const char *name, const struct policy_vt **out) MUST_CHECK;
 const char *policy_name(int i);
 
-/* policy_check - whether the parts of a configuration go together: ERR_CONFIG for a name that is none, and for a policy
- * that reads lanes in decode steps by its own ops where those lanes are stored in 8 bits. */
+/* policy_check - whether the parts of a configuration go together: ERR_CONFIG for a name that is none, for a policy
+ * that reads lanes in decode steps by its own ops where those lanes are stored in 8 bits, and for evicted tokens in
+ * host memory that cannot be recalled. */
 int policy_check(const struct policy_config *config) MUST_CHECK;
 
 /* policy_open - opens the configured policy, placing its state in `arena` (measure or place). policy_close undoes it.

@@ -18,7 +18,7 @@ static const char *const rounding_names[] = {"floor", "largest_remainder", "wate
 static const char *const judges_names[] = {"recent", "text", NULL};
 static const char *const switch_names[] = {"off", "on", NULL};
 static const char *const window_of_names[] = {"layer", "prompt", NULL};
-static const char *const group_names[] = {"max", "mean", NULL};
+static const char *const group_names[] = {"max", "mean", "query_head", NULL};
 
 #define ROW(key, kind, member, text, ...)                                                                              \
     {                                                                                                                  \
@@ -151,7 +151,7 @@ static const struct config_key table[] = {
     NUMBER(CLUSTER_KV("window_clusters"), CONFIG_INT, kv_cache.cluster_kv.window_clusters, "4", 1, 4096,
            "clusters that they become"),
     CHOICE(CLUSTER_KV("group"), kv_cache.cluster_kv.group, "max", group_names, 0,
-           "a cluster's score: the largest or the mean over the query heads of a KV head"),
+           "whose lists: a KV head's, by the largest or mean score of its query heads, or each query head's own"),
     NUMBER(EXPECTED("sinks"), CONFIG_INT, kv_cache.expected_attention.sinks, "4", 0, 1 << 20,
            "first tokens of a prompt that stay, and whose queries do not count"),
     NUMBER(EXPECTED("future"), CONFIG_INT, kv_cache.expected_attention.future, "512", 1, 1 << 20,

@@ -1,8 +1,9 @@
 /* Attention of one query a sequence over its whole lane, or over listed entries of it, read from the pages.
  *
- * A task is CHUNK tokens of one lane, for all query heads of the KV head, so each page is read once. Its partial
- * result (maximum, sum, weighted values) is merged with the lane's others in their order. Chunks are cut by position
- * in the lane alone: a row's result does not depend on the batch or on the number of threads. */
+ * A task is CHUNK tokens of one lane, for all query heads of the KV head, so each page is read once; or of one list,
+ * for the query heads that share it. Its partial result (maximum, sum, weighted values) is merged with the lane's
+ * others in their order. Chunks are cut by position in the lane alone: a row's result does not depend on the batch or
+ * on the number of threads. */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -162,14 +163,21 @@ static float merge(const struct vector_ops *v, float *out, const float *partial,
     return top + logf(sum);
 }
 
-static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                   int sequence, int kv_head)
+/* Lists (or whole lanes) of a row. */
+static int lists_of(const struct attention_heads *heads, const struct kv_list *list)
 {
-    int slot = batch->slot[sequence];
+    return list && list->per_query_head ? heads->n_heads : heads->n_kv_heads;
+}
+
+/* The lane of list i of n_lists of a row; -1: the row is padding. */
+static int lane_of(const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                   int sequence, int i, int n_lists)
+{
+    int slot = batch->slot[sequence], kv_head = i / (n_lists / heads->n_kv_heads);
     return slot < 0 || slot >= kv->n_slots ? -1 : slot * kv->lanes_per_slot + heads->lane + kv_head;
 }
 
-/* Entries that row `sequence` attends to in a lane; *entry is their list, NULL where they are the whole lane. */
+/* Entries of list i that are attended to in a lane; *entry is the list, NULL where they are the whole lane. */
 static int entries_of(const struct kv_view *kv, int lane, const struct kv_list *list, int i, const int32_t **entry)
 {
     bool listed = list && list->count[i] >= 0;
@@ -183,10 +191,10 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, float
 {
     const int32_t *entry;
     const struct cpu *c = cpu__of(o);
-    const int n_kv = heads->n_kv_heads, group = heads->n_heads / n_kv, dim = heads->head_dim;
+    const int n_lists = lists_of(heads, list), group = heads->n_heads / n_lists, dim = heads->head_dim;
     int longest = 0;
-    for (int task = 0; task < batch->n_seqs * n_kv; task++) {
-        int lane = lane_of(batch, kv, heads, task / n_kv, task % n_kv);
+    for (int task = 0; task < batch->n_seqs * n_lists; task++) {
+        int lane = lane_of(batch, kv, heads, task / n_lists, task % n_lists, n_lists);
         int length = entries_of(kv, lane, list, task, &entry);
         longest = length > longest ? length : longest;
         if (length > 0 && lane__format(kv, lane) != kv->format)
@@ -197,23 +205,23 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, float
     struct partials p;
     TRY(cpu__scratch(o, &arena));
     TRY(place(c, &arena, batch->n_seqs, heads->n_heads, longest, dim, &p));
-    const int n_lanes = batch->n_seqs * n_kv, n_chunks = (int)p.n_chunks;
+    const int n_lanes = batch->n_seqs * n_lists, n_chunks = (int)p.n_chunks;
 #pragma omp parallel num_threads(c->n_threads) private(entry)
     {
         float *score = p.score + (size_t)omp_get_thread_num() * (size_t)heads->n_heads * CHUNK;
         float *wide = p.wide + (size_t)omp_get_thread_num() * WIDENED * (size_t)dim;
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < n_lanes * n_chunks; task++) {
-            int sequence = task / n_chunks / n_kv, kv_head = task / n_chunks % n_kv, first = task % n_chunks * CHUNK;
-            int lane = lane_of(batch, kv, heads, sequence, kv_head);
+            int sequence = task / n_chunks / n_lists, i = task / n_chunks % n_lists, first = task % n_chunks * CHUNK;
+            int lane = lane_of(batch, kv, heads, sequence, i, n_lists);
             int length = entries_of(kv, lane, list, task / n_chunks, &entry);
             if (first >= length) continue;
-            int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)kv_head * group;
+            int64_t head = (int64_t)sequence * heads->n_heads + (int64_t)i * group;
             const struct attend a = {.vector = c->vector,
                                      .kv = kv,
                                      .host = list ? list->host : NULL,
                                      .recent = recent_of(kv, list, lane),
-                                     .q = cpu__row(q, sequence) + (int64_t)kv_head * group * dim,
+                                     .q = cpu__row(q, sequence) + (int64_t)i * group * dim,
                                      .score = score,
                                      .wide = wide,
                                      .entry = entry,
@@ -227,8 +235,8 @@ static int attend_lanes(struct ops *o, struct tensor out, struct tensor q, float
 #pragma omp for
         for (int task = 0; task < batch->n_seqs * heads->n_heads; task++) {
             int sequence = task / heads->n_heads, head = task % heads->n_heads;
-            int lane = lane_of(batch, kv, heads, sequence, head / group);
-            int used = (entries_of(kv, lane, list, sequence * n_kv + head / group, &entry) + CHUNK - 1) / CHUNK;
+            int lane = lane_of(batch, kv, heads, sequence, head / group, n_lists);
+            int used = (entries_of(kv, lane, list, sequence * n_lists + head / group, &entry) + CHUNK - 1) / CHUNK;
             const float log = merge(c->vector, cpu__row(out, sequence) + (int64_t)head * dim,
                                     p.memory + (int64_t)task * n_chunks * p.stride, p.stride, used, dim);
             if (log_sum && used) log_sum[task] = log;

@@ -203,7 +203,7 @@ static void rank_clusters(const struct vector_ops *v, const float *q, int group,
     qsort(rank, (size_t)n_clusters, sizeof *rank, falling);
 }
 
-/* The list of one row and KV head; returns its length. */
+/* A list of a row; returns its length. */
 static int list_entries(const struct cluster_state *s, const struct kv_clusters *clusters, int64_t row,
                         const struct ranked *rank, int length, int32_t *out)
 {
@@ -223,15 +223,16 @@ static int list_entries(const struct cluster_state *s, const struct kv_clusters 
     return n;
 }
 
-int cpu__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                         const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                         const struct kv_clusters *clusters)
+int cpu__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                         enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                         const struct attention_heads *heads, const struct kv_clusters *clusters)
 {
     const struct cpu *c = cpu__of(o);
-    const int n_kv = heads->n_kv_heads, group = heads->n_heads / n_kv, dim = heads->head_dim;
+    const int n_lists = by == CLUSTER_KV_QUERY_HEAD ? heads->n_heads : heads->n_kv_heads, dim = heads->head_dim;
+    const int group = heads->n_heads / n_lists, lane_lists = n_lists / heads->n_kv_heads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c->n_threads)
-    for (int item = 0; item < batch->n_seqs * n_kv; item++) {
-        const int slot = batch->slot[item / n_kv], lane = heads->lane + item % n_kv;
+    for (int item = 0; item < batch->n_seqs * n_lists; item++) {
+        const int slot = batch->slot[item / n_lists], lane = heads->lane + item % n_lists / lane_lists;
         count[item] = 0;
         if (slot < 0 || slot >= kv->n_slots) continue;
         const int length = kv->lane_len[slot * kv->lanes_per_slot + lane];
@@ -244,8 +245,8 @@ int cpu__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stri
             continue;
         float score[MOST_CLUSTERS];
         struct ranked rank[MOST_CLUSTERS];
-        rank_clusters(c->vector, cpu__row(q, item / n_kv) + (int64_t)(item % n_kv) * group * dim, group, mean,
-                      cpu__row(clusters->centroid, row), s->n_clusters, dim, score, rank);
+        rank_clusters(c->vector, cpu__row(q, item / n_lists) + (int64_t)(item % n_lists) * group * dim, group,
+                      by == CLUSTER_KV_MEAN, cpu__row(clusters->centroid, row), s->n_clusters, dim, score, rank);
         count[item] = list_entries(s, clusters, row, rank, length, entry + (int64_t)item * stride);
     }
     return OK;

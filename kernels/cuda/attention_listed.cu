@@ -5,7 +5,10 @@
  * next two tiles of its warp while the ones before are computed, and hands them round. How long lists are is known on
  * the device alone: the grid has room for a few pieces of each, blocks beyond a list's end leave at once. A list may be
  * the whole lane (count < 0), whose pieces are as long as attention_decode.cu's. The block that finishes the last piece
- * adds the pieces up in their order. Who takes a piece changes no bit. */
+ * adds the pieces up in their order. Who takes a piece changes no bit.
+ *
+ * Where each query head has a list of its own, it is a group of one head: `head` of a piece and n_kv_heads of the
+ * arguments then count query heads, of which lane_lists in a row have the same lane. */
 #include "kernels/cuda/attention_decode.cuh"
 
 enum {
@@ -18,6 +21,7 @@ struct listed_arguments {
     struct decode_arguments decode;
     const int32_t *entry, *count;
     int stride, list_piece, lane_piece, most_pieces;
+    int lane_lists;               /* lists of a lane: 1, or one for each of its query heads */
     const int32_t *host_page_row; /* of negative entries' lanes, whose pages lie in host memory */
     int64_t host_offset;          /* of that memory from the pool, bytes: one address space has both */
     int host_max_pages;
@@ -42,9 +46,10 @@ __device__ static int find_list(const struct listed_arguments &a, struct listed_
     const int slot = d.slot[item->row], count = a.count[list];
     *length = 0;
     if (slot < 0 || slot >= d.kv.n_slots) return 0;
-    item->lane = cache_lane(d.kv, slot, d.lane + item->head);
+    const int lane = d.lane + item->head / a.lane_lists;
+    item->lane = cache_lane(d.kv, slot, lane);
     listed->entry = count < 0 ? NULL : a.entry + list * a.stride;
-    listed->recent_page = (slot * a.recent_lanes + d.lane + item->head - a.recent_first_lane) * a.recent_pages;
+    listed->recent_page = (slot * a.recent_lanes + lane - a.recent_first_lane) * a.recent_pages;
     *length = count < 0 ? d.kv.lane_len[item->lane] : count < a.stride ? count : a.stride;
     const int piece = count < 0 ? a.lane_piece : a.list_piece;
     const int n = (*length + piece - 1) / piece, most = n < a.most_pieces ? n : a.most_pieces;
@@ -248,9 +253,8 @@ template <typename T, int PRODUCTS> static int launch_for_dim(struct ops *o, con
 }
 
 static int check_listed(const struct cuda *c, struct tensor out, struct tensor q, const struct seq_batch *batch,
-                        const struct kv_view *kv, const struct attention_heads *heads)
+                        const struct kv_view *kv, const struct attention_heads *heads, int group)
 {
-    const int group = heads->n_heads / heads->n_kv_heads;
     if (kv->head_dim % 8 || kv->head_dim > 128 || group > 2 * COLUMNS || q.stride[0] % 8 || (uint64_t)q.data % 16 ||
         out.stride[0] % 4 || (uint64_t)out.data % 8)
         FAIL(ERR_UNSUPPORTED,
@@ -271,7 +275,8 @@ int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tenso
     struct listed_arguments a = {};
     struct decode_arguments *d = &a.decode;
     struct arena arena;
-    TRY(check_listed(c, out, q, batch, kv, heads));
+    const int n_lists = list->per_query_head ? heads->n_heads : heads->n_kv_heads; /* of a row */
+    TRY(check_listed(c, out, q, batch, kv, heads, heads->n_heads / n_lists));
     TRY(cuda__scratch(o, &arena));
     TRY(place_partials(c, &c->limits, &arena, &d->partial_out, &d->partial));
     a.entry = list->entry, a.count = list->count;
@@ -289,13 +294,14 @@ int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tenso
     a.list_piece = list_piece(c, list->stride);
     a.lane_piece = c->split_tokens;
     a.most_pieces = most_pieces(c, &c->limits);
+    a.lane_lists = n_lists / heads->n_kv_heads;
     d->kv = *kv;
     d->q = q.data, d->q_stride = q.stride[0];
     d->out = out.data, d->out_stride = out.stride[0];
     d->slot = batch->slot;
     d->n_seqs = batch->n_seqs;
-    d->n_kv_heads = heads->n_kv_heads;
-    d->group = heads->n_heads / heads->n_kv_heads;
+    d->n_kv_heads = n_lists;
+    d->group = heads->n_heads / n_lists;
     d->lane = heads->lane;
     d->capacity = c->limits.max_seqs * a.most_pieces;
     d->counter_stride = c->limits.max_seqs;

@@ -1,4 +1,5 @@
-/* Which clusters of keys a decode step attends to (ClusterKV). A block a row and KV head: the clusters' scores, the cut
+/* Which clusters of keys a decode step attends to (ClusterKV). A block a list (a row's KV head, or
+ * query head): the clusters' scores, the cut
  * of their order at the budget, the entries.
  *
  * The order itself is never made. The score at which the sizes of all better clusters reach the budget is found by
@@ -15,7 +16,8 @@ struct select_arguments {
     const int32_t *slot, *size, *entry;
     const struct cluster_state *state;
     int32_t *out, *count;
-    int stride, n_kv_heads, group, lane, first_lane, n_lanes, max_clusters, max_entries;
+    int stride, lane, first_lane, n_lanes, max_clusters, max_entries;
+    int n_lists, lane_lists, group; /* lists of a row, lists of a lane, query heads of a list */
     bool mean;
 };
 
@@ -146,7 +148,8 @@ template <typename T> __global__ static void __launch_bounds__(THREADS) select_k
     __shared__ struct choice s;
     let_successor_start();
     wait_for_predecessor();
-    const int item = (int)blockIdx.x, head = item % a.n_kv_heads, slot = a.slot[item / a.n_kv_heads];
+    const int item = (int)blockIdx.x, row_list = item % a.n_lists, head = row_list / a.lane_lists;
+    const int slot = a.slot[item / a.n_lists];
     if (slot < 0 || slot >= a.kv.n_slots) {
         if (threadIdx.x == 0) a.count[item] = 0;
         return;
@@ -161,7 +164,7 @@ template <typename T> __global__ static void __launch_bounds__(THREADS) select_k
                        length < state.end || listed > a.stride;
     if (threadIdx.x == 0) a.count[item] = whole ? -1 : listed;
     if (whole) return;
-    const T *q = (const T *)a.q + item / a.n_kv_heads * a.q_stride + (int64_t)head * a.group * a.kv.head_dim;
+    const T *q = (const T *)a.q + item / a.n_lists * a.q_stride + (int64_t)row_list * a.group * a.kv.head_dim;
     int32_t *out = a.out + (int64_t)item * a.stride;
     for (int i = (int)threadIdx.x; i < a.group * WIDEST; i += THREADS) {
         const int g = i / WIDEST, d = i % WIDEST;
@@ -175,27 +178,28 @@ template <typename T> __global__ static void __launch_bounds__(THREADS) select_k
     for (int i = (int)threadIdx.x; i < length - state.end; i += THREADS) out[state.first + budget + i] = state.end + i;
 }
 
-int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                          const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                          const struct kv_clusters *clusters)
+int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                          enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                          const struct attention_heads *heads, const struct kv_clusters *clusters)
 {
     struct select_arguments a = {};
-    const int group = heads->n_heads / heads->n_kv_heads;
+    const int n_lists = by == CLUSTER_KV_QUERY_HEAD ? heads->n_heads : heads->n_kv_heads;
+    const int group = heads->n_heads / n_lists;
     if (kv->head_dim % 8 || kv->head_dim > WIDEST || group > MOST_GROUP)
         FAIL(ERR_UNSUPPORTED,
-             "cuda: clusters of keys of %d dimensions, %d query heads a KV head; served are steps of 8 up to %d and up "
-             "to %d heads",
+             "cuda: clusters of keys of %d dimensions, %d query heads that share a list; served are steps of 8 up to "
+             "%d and up to %d heads",
              kv->head_dim, group, WIDEST, MOST_GROUP);
     a.kv = *kv;
     a.q = q.data, a.q_stride = q.stride[0];
     a.centroid = clusters->centroid.data, a.size = clusters->size, a.entry = clusters->entry;
     a.slot = batch->slot, a.state = clusters->state;
     a.out = entry, a.count = count, a.stride = stride;
-    a.n_kv_heads = heads->n_kv_heads, a.group = group, a.lane = heads->lane;
+    a.n_lists = n_lists, a.lane_lists = n_lists / heads->n_kv_heads, a.group = group, a.lane = heads->lane;
     a.first_lane = clusters->first_lane, a.n_lanes = clusters->n_lanes;
     a.max_clusters = clusters->max_clusters, a.max_entries = clusters->max_entries;
-    a.mean = mean;
+    a.mean = by == CLUSTER_KV_MEAN;
     WITH_TYPE(o->dtype, T,
-              return cuda__launch(o, "select_clusters", select_kernel<T>,
-                                  dim3((unsigned)(batch->n_seqs * heads->n_kv_heads)), dim3(THREADS), 0, a));
+              return cuda__launch(o, "select_clusters", select_kernel<T>, dim3((unsigned)(batch->n_seqs * n_lists)),
+                                  dim3(THREADS), 0, a));
 }

@@ -156,9 +156,9 @@ int cuda__attention_probe(struct ops *o, struct tensor q, const struct kv_view *
 size_t cuda__cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max_entries, int max_clusters);
 int cuda__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                        const struct cluster_job *job);
-int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q, bool mean,
-                          const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
-                          const struct kv_clusters *clusters);
+int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
+                          enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
+                          const struct attention_heads *heads, const struct kv_clusters *clusters);
 int cuda__kv_reset(struct ops *o, const struct kv_view *kv);
 int cuda__kv_append(struct ops *o, const struct kv_view *kv, const struct attention_heads *heads, struct tensor k,
                     struct tensor v, const struct seq_batch *batch);

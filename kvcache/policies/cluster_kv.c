@@ -2,9 +2,9 @@
  * clusters of keys that score best against its queries.
  *
  * After the prompt each KV head of the layers from full_layers on clusters its keys, but for the first few (sinks);
- * every `window` generated tokens become clusters of their own. What is attended to leaves here as a struct kv_list:
- * where the entries lie is not this file's business. KV heads are clustered one by one and seeded by their number over
- * all ranks, so nothing is said between ranks.
+ * every `window` generated tokens become clusters of their own. What is attended to leaves here as a struct kv_list, of
+ * a KV head or of each query head: where the entries lie is not this file's business. KV heads are clustered one by one
+ * and seeded by their number over all ranks, so nothing is said between ranks.
  *
  * With kv_cache.evicted: host the prompt's clustered tokens lie in host memory and the lanes keep the sinks and what is
  * generated. What the lists then name is an entry of either. The same stands beside a policy that evicts: it clusters
@@ -31,8 +31,8 @@ struct cluster_kv {
     struct slot *slot;          /* [n_slots] */
     struct cluster_state *lane; /* [n_slots * n_lanes] host, as clusters.state */
     int32_t *centre;            /* [n_lanes, max_clusters] device */
-    int32_t *entry;             /* [n_slots * most heads of a layer, stride] device, the lists of a layer */
-    int32_t *count;             /* [n_slots * most heads of a layer] device */
+    int32_t *entry;             /* [n_slots * most lists of a layer, stride] device, the lists of a layer */
+    int32_t *count;             /* [n_slots * most lists of a layer] device */
     int stride;
     int32_t *host_centre; /* as centre */
     int32_t *drawing;     /* [max_entries] */
@@ -79,13 +79,20 @@ int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_contex
 
 /* ---- state ---- */
 
+/* Lists of a row in a layer of this rank, at most: one for each KV head, or for each query head. */
+static int most_lists(const struct policy *policy)
+{
+    return policy->config.cluster_kv.group == CLUSTER_KV_QUERY_HEAD ? policy_most_heads(&policy->env)
+                                                                    : policy_most_kv_heads(&policy->env);
+}
+
 static int place_clusters(struct policy *policy, struct cluster_kv *s, struct arena *arena)
 {
     const struct policy_env *env = &policy->env;
     const struct kv_view *kv = env->kv;
     struct kv_clusters *c = &s->clusters;
     const size_t rows = (size_t)kv->n_slots * (size_t)c->n_lanes,
-                 lists = (size_t)(kv->n_slots * policy_most_kv_heads(env));
+                 lists = (size_t)kv->n_slots * (size_t)most_lists(policy);
     const size_t centres = (size_t)c->n_lanes * (size_t)c->max_clusters;
     const struct tensor centroid = tensor_3d(NULL, env->ops->dtype, (int64_t)rows, c->max_clusters, kv->head_dim);
     TRY(arena_tensor(arena, centroid, label, &c->centroid));
@@ -411,18 +418,25 @@ static int cluster_kv_attend(struct policy *policy, const struct policy_decode *
         return ops_attention_decode(env->ops, in->out, in->q, in->batch, env->kv, heads);
     if (in->batch->n_seqs > env->kv->n_slots)
         FAIL(ERR_BUG, "cluster_kv: a step of %d rows, there are %d slots", in->batch->n_seqs, env->kv->n_slots);
-    TRY(ops_select_clusters(env->ops, s->entry, s->count, s->stride, in->q, options->group == CLUSTER_KV_MEAN,
-                            in->batch, env->kv, heads, &s->clusters));
+    const enum cluster_kv_group by = (enum cluster_kv_group)options->group;
+    TRY(ops_select_clusters(env->ops, s->entry, s->count, s->stride, in->q, by, in->batch, env->kv, heads,
+                            &s->clusters));
     const struct kv_recent *recent = s->recent.capacity ? &s->recent : NULL;
     if (recent) TRY(ops_recall(env->ops, s->entry, s->count, s->stride, in->batch, env->kv, heads, env->host, recent));
-    const struct kv_list list = {s->entry, s->count, s->stride, env->host, recent};
+    const struct kv_list list = {s->entry, s->count, s->stride, env->host, recent, by == CLUSTER_KV_QUERY_HEAD};
     return ops_attention_decode_listed(env->ops, in->out, in->q, in->batch, env->kv, heads, &list);
+}
+
+/* Lists that are read of a lane. */
+static int lane_lists(const struct policy *policy)
+{
+    const struct attention_heads *heads = &policy->env.layers[0].heads; /* groups are alike in all layers */
+    return policy->config.cluster_kv.group == CLUSTER_KV_QUERY_HEAD ? heads->n_heads / heads->n_kv_heads : 1;
 }
 
 static struct policy_reads cluster_kv_reads(const struct policy *policy, const struct policy_sequence *sequence,
                                             double kept, int before)
 {
-    const struct cluster_kv *s = policy->state;
     const struct policy_env *env = &policy->env;
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
     const int m = sequence->prompt_tokens, budget = tokens_chosen(policy, sequence);
@@ -432,12 +446,13 @@ static struct policy_reads cluster_kv_reads(const struct policy *policy, const s
         (keys ? cluster_kv_count(options, m, keys) : 0) + blocks * least(options->window_clusters, options->window);
     /* Tokens that neither left nor are in clusters; kept is a mean over layers of which the first are whole. */
     const double lane = (policy->beside ? kept + keys : m) + before + 1, chosen = least(budget, clustered);
-    if (!s->slot || !n_clusters || (budget >= clustered && !policy->env.host))
-        return (struct policy_reads){.tokens = lane};
-    const int full = options->full_layers, layers = env->n_layers - full;
+    const int full = least(options->full_layers, env->n_layers), layers = env->n_layers - full;
+    const int lists = lane_lists(policy);
+    if (!policy_runs(policy, sequence) || !n_clusters || (budget >= clustered && !policy->env.host))
+        return (struct policy_reads){.tokens = lane * ((full + layers * lists) / (double)env->n_layers)};
     const int64_t centroid = env->kv->head_dim * (int64_t)dtype_size(env->ops->dtype) + (int64_t)sizeof(int32_t);
-    return (struct policy_reads){.tokens = (full * lane + layers * (lane - clustered + chosen)) / env->n_layers,
-                                 .beside_bytes = (int64_t)policy_kv_heads(policy) * layers *
+    return (struct policy_reads){.tokens = (full * lane + layers * lists * (lane - clustered + chosen)) / env->n_layers,
+                                 .beside_bytes = (int64_t)policy_kv_heads(policy) * layers * lists *
                                                  (n_clusters * centroid + (int64_t)chosen * (int64_t)sizeof(int32_t)),
                                  .recalled = policy->env.host ? layers * chosen / env->n_layers : 0};
 }

@@ -74,7 +74,7 @@ static struct policy_reads quest_reads(const struct policy *policy, const struct
     const int full = most < env->n_layers ? most : env->n_layers, layers = env->n_layers - full;
     const double lane = kept + before + 1, pages = ceil(lane / size);
     const int limit = quest_pages(&policy->config.quest, sequence->budget, sequence->prompt_tokens, size);
-    if (limit >= pages) return (struct policy_reads){.tokens = lane};
+    if (!limit || limit >= pages) return (struct policy_reads){.tokens = lane};
     const double bounds = 2.0 * env->kv->head_dim * (double)dtype_size(env->ops->dtype);
     return (struct policy_reads){.tokens = (full * lane + layers * (double)limit * size) / env->n_layers,
                                  .beside_bytes = (int64_t)(policy_kv_heads(policy) * layers * pages * bounds)};

@@ -220,8 +220,11 @@ static void small_integers(struct cuda_fixture *f, struct twin t, int most)
     twin_send(f, t, true);
 }
 
-static void compare_choice(struct cuda_fixture *f, int dim, int n_kv_heads, int group, int n_clusters, int n, bool mean)
+static void compare_choice(struct cuda_fixture *f, int dim, int n_kv_heads, int group, int n_clusters, int n,
+                           enum cluster_kv_group by)
 {
+    static const char *const names[] = {"", ", mean", ", each query head"};
+    const int lists = by == CLUSTER_KV_QUERY_HEAD ? n_kv_heads * group : n_kv_heads; /* of a row */
     const int most = n + FIRST + 40, stride = most + 3, rows = SLOTS + 2;
     const struct attention_heads heads = {n_kv_heads * group, n_kv_heads, dim, 2, 1};
     struct cache c = cache_take(f, SLOTS, n_kv_heads + 3, 1, 1, 16, dim, STALE_NAN);
@@ -229,7 +232,7 @@ static void compare_choice(struct cuda_fixture *f, int dim, int n_kv_heads, int 
     struct cluster_state *state = x.state.cpu;
     struct pair length = pair_of(f, c.cpu.lane_len, (size_t)(SLOTS * (n_kv_heads + 3)) * sizeof(int32_t));
     cuda_what(f, "choice from %d clusters of %d entries, %d/%d heads of %d%s", n_clusters, n, n_kv_heads * group,
-              n_kv_heads, dim, mean ? ", mean" : "");
+              n_kv_heads, dim, names[by]);
     for (int s = 0; s < SLOTS; s++) {
         const int budget = fixture_int(f->cpu, 1, s == 0 ? n : s == 3 ? 2 * n : n / 8 + 1);
         for (int i = 0; i < n_kv_heads + 2; i++) {
@@ -257,23 +260,22 @@ static void compare_choice(struct cuda_fixture *f, int dim, int n_kv_heads, int 
     struct batch b = batch_of(f, slots, NULL, rows);
     struct twin q = twin_3d(f, rows, n_kv_heads * group, dim, 8, 1);
     small_integers(f, q, 2);
-    struct pair entry = pair_of(f, NULL, (size_t)(rows * n_kv_heads * stride) * sizeof(int32_t));
-    struct pair count = pair_of(f, NULL, (size_t)(rows * n_kv_heads) * sizeof(int32_t));
-    RUN(f, ops_select_clusters(&f->gpu, entry.gpu, count.gpu, stride, q.gpu, mean, &b.gpu, &c.gpu, &heads, &x.gpu));
-    RUN(f,
-        ops_select_clusters(&f->cpu->ops, entry.cpu, count.cpu, stride, q.cpu, mean, &b.cpu, &c.cpu, &heads, &x.cpu));
+    struct pair entry = pair_of(f, NULL, (size_t)(rows * lists * stride) * sizeof(int32_t));
+    struct pair count = pair_of(f, NULL, (size_t)(rows * lists) * sizeof(int32_t));
+    RUN(f, ops_select_clusters(&f->gpu, entry.gpu, count.gpu, stride, q.gpu, by, &b.gpu, &c.gpu, &heads, &x.gpu));
+    RUN(f, ops_select_clusters(&f->cpu->ops, entry.cpu, count.cpu, stride, q.cpu, by, &b.cpu, &c.cpu, &heads, &x.cpu));
     pair_check(f, count, "count");
     int32_t *got = pair_fetch(f, entry), *want = entry.cpu;
-    for (int i = 0; i < rows * n_kv_heads; i++) {
+    for (int i = 0; i < rows * lists; i++) {
         const int k = ((int32_t *)count.cpu)[i];
         if (k <= 0) continue;
         qsort(got + (int64_t)i * stride, (size_t)k, sizeof *got, compare_entries);
         qsort(want + (int64_t)i * stride, (size_t)k, sizeof *want, compare_entries);
     }
-    for (int64_t i = 0; i < (int64_t)rows * n_kv_heads * stride; i++)
+    for (int64_t i = 0; i < (int64_t)rows * lists * stride; i++)
         if (got[i] != want[i]) {
-            cuda_wrong(f, "list %lld of %d, place %lld: entry %d, expected %d", (long long)i / stride,
-                       rows * n_kv_heads, (long long)i % stride, got[i], want[i]);
+            cuda_wrong(f, "list %lld of %d, place %lld: entry %d, expected %d", (long long)i / stride, rows * lists,
+                       (long long)i % stride, got[i], want[i]);
             break;
         }
     cuda_clear(f);
@@ -286,14 +288,18 @@ static void test_choice(void)
     for (int i = 0; i < (f->effort == QUICK ? 4 : 60); i++) {
         const int n_clusters = i % 3 == 0 ? fixture_int(f->cpu, 1, 40) : i % 3 == 1 ? fixture_int(f->cpu, 1, 600) : 36;
         compare_choice(f, dims[i % 5], 1 + i % 4, groups[i % 6], n_clusters,
-                       fixture_int(f->cpu, 1, f->effort == QUICK ? 90 : 3000), i / 2 % 2);
+                       fixture_int(f->cpu, 1, f->effort == QUICK ? 90 : 3000),
+                       (enum cluster_kv_group)((i + i / 3) % 3));
     }
-    compare_choice(f, 64, 1, 2, 1, 1, false);
+    compare_choice(f, 64, 1, 2, 1, 1, CLUSTER_KV_MAX);
     if (f->effort > QUICK) {
-        compare_choice(f, 128, 8, 4, 36, 2864, false);
-        compare_choice(f, 128, 2, 4, 512, 3000, false);
-        compare_choice(f, 128, 2, 4, 513, 3000, true);
-        compare_choice(f, 64, 1, 4, 4096, 8000, false);
+        compare_choice(f, 128, 8, 4, 36, 2864, CLUSTER_KV_MAX);
+        compare_choice(f, 128, 8, 4, 36, 2864, CLUSTER_KV_QUERY_HEAD);
+        compare_choice(f, 128, 2, 4, 512, 3000, CLUSTER_KV_MAX);
+        compare_choice(f, 128, 2, 4, 513, 3000, CLUSTER_KV_MEAN);
+        compare_choice(f, 128, 2, 4, 513, 3000, CLUSTER_KV_QUERY_HEAD);
+        compare_choice(f, 64, 1, 4, 4096, 8000, CLUSTER_KV_MAX);
+        compare_choice(f, 64, 2, 17, 100, 900, CLUSTER_KV_QUERY_HEAD); /* more heads than can share a list */
     }
     cuda_end(f);
 }

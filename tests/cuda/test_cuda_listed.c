@@ -53,14 +53,16 @@ struct lists {
 };
 
 /* Entries beyond a list's count, and the whole list of a lane that is read whole, would be far outside of the cache. */
-static struct lists take_lists(struct cuda_fixture *f, const struct layer *x, int stride, enum kind kind)
+static struct lists take_lists(struct cuda_fixture *f, const struct layer *x, int stride, enum kind kind, bool own)
 {
-    const int heads = x->heads.n_kv_heads, lists = x->rows * heads;
+    const int heads = own ? x->heads.n_heads : x->heads.n_kv_heads,
+              lists = x->rows * heads; /* own: each query head's */
     int32_t *entry = fixture_take(f->cpu, sizeof *entry * (size_t)lists * (size_t)stride);
     int32_t *count = fixture_take(f->cpu, sizeof *count * (size_t)lists);
     int32_t *deck = fixture_take(f->cpu, sizeof *deck * (size_t)(x->c.cpu.max_pages * x->c.cpu.page_size));
     for (int i = 0; i < lists; i++) {
-        const int length = lane_length(x, i / heads, i % heads), most = length < stride ? length : stride;
+        const int length = lane_length(x, i / heads, i % heads * x->heads.n_kv_heads / heads),
+                  most = length < stride ? length : stride;
         int32_t *list = entry + (int64_t)i * stride;
         count[i] = kind == IDENTITY ? most : kind == WHOLE || i % 5 == 3 ? -1 : most * fixture_int(f->cpu, 0, 4) / 4;
         for (int j = 0; j < length; j++) deck[j] = j;
@@ -73,18 +75,22 @@ static struct lists take_lists(struct cuda_fixture *f, const struct layer *x, in
     }
     struct pair e = pair_of(f, entry, sizeof *entry * (size_t)lists * (size_t)stride);
     struct pair c = pair_of(f, count, sizeof *count * (size_t)lists);
-    return (struct lists){{e.gpu, c.gpu, stride, NULL, NULL}, {e.cpu, c.cpu, stride, NULL, NULL}};
+    return (struct lists){{e.gpu, c.gpu, stride, NULL, NULL, own}, {e.cpu, c.cpu, stride, NULL, NULL, own}};
 }
 
 /* Rows alone, from the same lanes: the same bits as in the batch. */
 static void compare_alone(struct cuda_fixture *f, const struct layer *x, const struct lists *l)
 {
-    const int heads = x->heads.n_kv_heads;
+    const int heads = l->gpu.per_query_head ? x->heads.n_heads : x->heads.n_kv_heads;
     struct twin alone = twin_3d(f, x->rows, x->heads.n_heads, x->heads.head_dim, 16, 0);
     for (int i = 0; i < x->rows; i++) {
         const struct seq_batch one = {.n_seqs = 1, .n_tokens = 1, .slot = x->b.gpu.slot + i};
-        const struct kv_list list = {l->gpu.entry + (int64_t)i * heads * l->gpu.stride, l->gpu.count + i * heads,
-                                     l->gpu.stride, NULL, NULL};
+        const struct kv_list list = {l->gpu.entry + (int64_t)i * heads * l->gpu.stride,
+                                     l->gpu.count + i * heads,
+                                     l->gpu.stride,
+                                     NULL,
+                                     NULL,
+                                     l->gpu.per_query_head};
         RUN(f, ops_attention_decode_listed(&f->gpu, twin_rows(alone, i, 1).gpu, twin_rows(x->q, i, 1).gpu, &one,
                                            &x->c.gpu, &x->heads, &list));
     }
@@ -93,17 +99,24 @@ static void compare_alone(struct cuda_fixture *f, const struct layer *x, const s
         cuda_wrong(f, "a row alone and in the batch differ");
 }
 
-static void compare(struct cuda_fixture *f, struct shape s, int slots, int longest, int stride)
+static void compare_lists(struct cuda_fixture *f, struct shape s, int slots, int longest, int stride, bool own)
 {
     struct layer x = take_layer(f, s, slots, longest, true);
-    struct lists l = take_lists(f, &x, stride, DRAWN);
-    cuda_what(f, "listed, %d/%d heads of %d, pages of %d, %d rows, lanes up to %d, lists up to %d",
-              s.n_kv_heads * s.group, s.n_kv_heads, s.dim, s.page_size, x.rows, longest, stride);
+    struct lists l = take_lists(f, &x, stride, DRAWN, own);
+    cuda_what(f, "listed%s, %d/%d heads of %d, pages of %d, %d rows, lanes up to %d, lists up to %d",
+              own ? " for each query head" : "", s.n_kv_heads * s.group, s.n_kv_heads, s.dim, s.page_size, x.rows,
+              longest, stride);
     RUN(f, ops_attention_decode_listed(&f->gpu, x.out.gpu, x.q.gpu, &x.b.gpu, &x.c.gpu, &x.heads, &l.gpu));
     RUN(f, ops_attention_decode_listed(&f->cpu->ops, x.out.cpu, x.q.cpu, &x.b.cpu, &x.c.cpu, &x.heads, &l.cpu));
     twin_check(f, x.out, cuda_tolerance(f), "out");
     compare_alone(f, &x, &l);
     cuda_clear(f);
+}
+
+static void compare(struct cuda_fixture *f, struct shape s, int slots, int longest, int stride)
+{
+    compare_lists(f, s, slots, longest, stride, false);
+    compare_lists(f, s, slots, longest, stride, true);
 }
 
 static const int dims[] = {8, 64, 72, 80, 96, 104, 128}, groups[] = {1, 2, 3, 4, 7, 8, 16};
@@ -136,17 +149,19 @@ static void test_long(void)
     }
     if (f->effort == ALL) {
         compare(f, (struct shape){8, 4, 128, 16}, 48, 700, 300);
+        compare_lists(f, (struct shape){2, 17, 64, 16}, 5, 700, 300, true); /* more heads than can share a list */
         compare(f, (struct shape){32, 1, 128, 16}, 9, 300, 128);
     }
     cuda_end(f);
 }
 
-/* A token is appended as a step does; then three ways of attending to everything are one. */
+/* A token is appended as a step does; then all ways of attending to everything are one. */
 static void compare_whole(struct cuda_fixture *f, struct shape s, int slots, int longest)
 {
     struct layer x = take_layer(f, s, slots, longest, false);
     struct twin k = twin_3d(f, x.rows, s.n_kv_heads, s.dim, 0, 1), v = twin_3d(f, x.rows, s.n_kv_heads, s.dim, 0, 1);
-    struct twin out[2] = {x.out, twin_3d(f, x.rows, x.heads.n_heads, s.dim, 0, 0)};
+    struct twin out[4] = {x.out};
+    for (int i = 1; i < 4; i++) out[i] = twin_3d(f, x.rows, x.heads.n_heads, s.dim, 0, 0);
     cuda_what(f, "whole lanes, %d/%d heads of %d, %d rows, lanes up to %d", s.n_kv_heads * s.group, s.n_kv_heads, s.dim,
               x.rows, longest);
     RUN(f, ops_decode_begin(&f->gpu, &x.b.gpu, &x.c.gpu));
@@ -154,13 +169,13 @@ static void compare_whole(struct cuda_fixture *f, struct shape s, int slots, int
     RUN(f, ops_attention_decode(&f->gpu, x.out.gpu, x.q.gpu, &x.b.gpu, &x.c.gpu, &x.heads));
     RUN(f, ops_attention_decode(&f->cpu->ops, x.out.cpu, x.q.cpu, &x.b.cpu, &x.c.cpu, &x.heads));
     twin_check(f, x.out, cuda_tolerance(f), "plain");
-    for (int i = 0; i < 2; i++) {
-        struct lists l = take_lists(f, &x, i ? longest + 1 : 40, i ? IDENTITY : WHOLE);
+    for (int i = 0; i < 4; i++) {
+        struct lists l = take_lists(f, &x, i ? longest + 1 : 40, i % 2 ? IDENTITY : WHOLE, i > 1);
         twin_send(f, out[i], false);
         for (int r = 0; r < x.rows && i; r++)
-            memcpy(fixture_row(out[1].cpu, r), fixture_row(x.out.cpu, r), (size_t)twin_width(out[1]) * sizeof(float));
+            memcpy(fixture_row(out[i].cpu, r), fixture_row(x.out.cpu, r), (size_t)twin_width(out[1]) * sizeof(float));
         RUN(f, ops_attention_decode_listed(&f->gpu, out[i].gpu, x.q.gpu, &x.b.gpu, &x.c.gpu, &x.heads, &l.gpu));
-        twin_check(f, out[i], cuda_tolerance(f), i ? "list of all entries" : "count -1");
+        twin_check(f, out[i], cuda_tolerance(f), i % 2 ? "list of all entries" : "count -1");
     }
     cuda_clear(f);
 }
@@ -179,7 +194,7 @@ static void test_refusals(void)
 {
     struct cuda_fixture *f = cuda_begin(4);
     struct layer x = take_layer(f, (struct shape){1, 17, 64, 16}, 1, 20, false);
-    struct lists l = take_lists(f, &x, 20, IDENTITY);
+    struct lists l = take_lists(f, &x, 20, IDENTITY, false);
     cuda_what(f, "a group of 17");
     EXPECT(f, ops_attention_decode_listed(&f->gpu, x.out.gpu, x.q.gpu, &x.b.gpu, &x.c.gpu, &x.heads, &l.gpu) ==
                   ERR_UNSUPPORTED);
@@ -188,17 +203,17 @@ static void test_refusals(void)
 }
 
 /* Time of a call, and the bytes of K and V that it reads a second; nothing is checked but that it runs. */
-static void measure(struct cuda_fixture *f, struct shape s, int rows, int longest, int entries)
+static void measure(struct cuda_fixture *f, struct shape s, int rows, int longest, int entries, bool own)
 {
     enum { CALLS = 200 };
     struct layer x = take_layer(f, s, rows, longest, false);
-    struct lists l = take_lists(f, &x, entries, DRAWN);
-    const int lists = rows * s.n_kv_heads;
+    struct lists l = take_lists(f, &x, entries, DRAWN, own);
+    const int lists = rows * s.n_kv_heads * (own ? s.group : 1);
     int32_t *entry = fixture_take(f->cpu, sizeof *entry * (size_t)lists * (size_t)entries);
     int32_t *count = fixture_take(f->cpu, sizeof *count * (size_t)lists);
     double bytes = 0;
     for (int i = 0; i < lists; i++) {
-        const int n = lane_length(&x, i / s.n_kv_heads, i % s.n_kv_heads);
+        const int lane = i / (own ? s.group : 1), n = lane_length(&x, lane / s.n_kv_heads, lane % s.n_kv_heads);
         count[i] = n < entries ? n : entries;
         for (int j = 0; j < count[i]; j++) entry[(int64_t)i * entries + j] = j;
         bytes += 4.0 * count[i] * s.dim;
@@ -215,8 +230,8 @@ static void measure(struct cuda_fixture *f, struct shape s, int rows, int longes
     }
     RUN(f, ops_finish(&f->gpu));
     const double seconds = (clock_seconds() - start) / CALLS;
-    printf("\n    %d rows, %d/%d heads of %d, up to %d entries: %.1f us, %.0f GB/s ", rows, s.n_kv_heads * s.group,
-           s.n_kv_heads, s.dim, entries, seconds * 1e6, bytes / seconds * 1e-9);
+    printf("\n    %d rows, %d/%d heads of %d, up to %d entries%s: %.1f us, %.0f GB/s ", rows, s.n_kv_heads * s.group,
+           s.n_kv_heads, s.dim, entries, own ? " a query head" : "", seconds * 1e6, bytes / seconds * 1e-9);
     cuda_clear(f);
 }
 
@@ -224,9 +239,11 @@ static void test_speed(void)
 {
     struct cuda_fixture *f = cuda_begin(5);
     if (f->effort == ALL) {
-        measure(f, (struct shape){8, 4, 128, 16}, 64, 3000, 300);
-        measure(f, (struct shape){8, 4, 128, 16}, 1, 4300, 1400);
-        measure(f, (struct shape){32, 1, 128, 16}, 16, 3000, 300);
+        measure(f, (struct shape){8, 4, 128, 16}, 64, 3000, 300, false);
+        measure(f, (struct shape){8, 4, 128, 16}, 64, 3000, 300, true);
+        measure(f, (struct shape){8, 4, 128, 16}, 1, 4300, 1400, false);
+        measure(f, (struct shape){8, 4, 128, 16}, 1, 4300, 1400, true);
+        measure(f, (struct shape){32, 1, 128, 16}, 16, 3000, 300, false);
     }
     cuda_end(f);
 }

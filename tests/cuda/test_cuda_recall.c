@@ -261,8 +261,8 @@ static void compare_attention(struct cuda_fixture *f, int dim, int group, int lo
     }
     struct pair e = pair_of(f, entry, sizeof *entry * (size_t)(lists * stride));
     struct pair c = pair_of(f, count, sizeof *count * (size_t)lists);
-    const struct kv_list gpu = {e.gpu, c.gpu, stride, &m.host.gpu, NULL},
-                         cpu = {e.cpu, c.cpu, stride, &m.host.cpu, NULL};
+    const struct kv_list gpu = {e.gpu, c.gpu, stride, &m.host.gpu, NULL, false},
+                         cpu = {e.cpu, c.cpu, stride, &m.host.cpu, NULL, false};
     struct batch b = batch_of(f, slots, NULL, SLOTS + 1);
     struct twin q = twin_3d(f, SLOTS + 1, heads.n_heads, dim, 8, 1.5f);
     struct twin out = twin_3d(f, SLOTS + 1, heads.n_heads, dim, 16, 0);
@@ -368,9 +368,9 @@ static void compare_step(struct cuda_fixture *f, struct memories *m, struct rece
     RUN(f, ops_recall(&f->cpu->ops, e.cpu, c.cpu, stride, &b.cpu, &m->kv.cpu, &heads, &m->host.cpu, &r->cpu));
     pair_check(f, e, "lists");
     pair_check(f, r->counts, "counts");
-    const struct kv_list gpu = {e.gpu, c.gpu, stride, &m->host.gpu, &r->gpu},
-                         cpu = {e.cpu, c.cpu, stride, &m->host.cpu, &r->cpu},
-                         over_the_bus = {plain.gpu, c.gpu, stride, &m->host.gpu, NULL};
+    const struct kv_list gpu = {e.gpu, c.gpu, stride, &m->host.gpu, &r->gpu, false},
+                         cpu = {e.cpu, c.cpu, stride, &m->host.cpu, &r->cpu, false},
+                         over_the_bus = {plain.gpu, c.gpu, stride, &m->host.gpu, NULL, false};
     RUN(f, ops_attention_decode_listed(&f->gpu, out.gpu, q.gpu, &b.gpu, &m->kv.gpu, &heads, &gpu));
     RUN(f, ops_attention_decode_listed(&f->cpu->ops, out.cpu, q.cpu, &b.cpu, &m->kv.cpu, &heads, &cpu));
     RUN(f, ops_attention_decode_listed(&f->gpu, far.gpu, q.gpu, &b.gpu, &m->kv.gpu, &heads, &over_the_bus));

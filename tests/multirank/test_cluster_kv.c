@@ -72,11 +72,11 @@ static void check_worked_selection(struct fixture *f, const struct kv_view *kv, 
     float out[2], q[2];
     for (int d = 0; d < 2; d++) q[d] = (float)cJSON_GetArrayItem(vectors_get(selection, "q"), d)->valuedouble;
     c->state[0] = (struct cluster_state){3, 2, 12, vectors_int(selection, "B"), 0};
-    CHECK_OK(ops_select_clusters(&f->ops, entry, &count, 12, tensor_3d(q, DTYPE_F32, 1, 1, 2), false, &batch, kv,
-                                 &heads, c));
+    CHECK_OK(ops_select_clusters(&f->ops, entry, &count, 12, tensor_3d(q, DTYPE_F32, 1, 1, 2), CLUSTER_KV_MAX, &batch,
+                                 kv, &heads, c));
     const int all = c->state[0].budget == 10;
     CHECK(all ? count == -1 : list_is(entry, count, 2, vectors_get(selection, "selected"), 12));
-    const struct kv_list list = {entry, &count, 12, NULL, NULL};
+    const struct kv_list list = {entry, &count, 12, NULL, NULL, false};
     CHECK_OK(ops_attention_decode_listed(&f->ops, tensor_3d(out, DTYPE_F32, 1, 1, 2), tensor_3d(q, DTYPE_F32, 1, 1, 2),
                                          &batch, kv, &heads, &list));
     for (int d = 0; d < 2; d++)
@@ -197,33 +197,28 @@ static int check_block(const struct bench *b, const cJSON *want, int first_clust
     return 1;
 }
 
-/* The list of one KV head under a selection's budget and way to share. */
+/* The list of one KV head, or query head, under a selection's budget and way to share. */
 static int select_head(struct bench *b, const cJSON *selection, int32_t *entry)
 {
     struct kv_clusters *c = (struct kv_clusters *)(uintptr_t)cluster_kv_clusters(&b->policy);
     const int l = vectors_int(selection, "layer"), head = vectors_int(selection, "head"), group = b->H / b->G;
     const char *share = vectors_string(selection, "share");
-    struct attention_heads heads = b->layers[l].heads;
-    const int local = lane_of(b, l, head) - heads.lane, n_kv = heads.n_kv_heads, one = !strcmp(share, "none");
+    const struct attention_heads *heads = &b->layers[l].heads;
+    const enum cluster_kv_group by = !strcmp(share, "none")   ? CLUSTER_KV_QUERY_HEAD
+                                     : !strcmp(share, "mean") ? CLUSTER_KV_MEAN
+                                                              : CLUSTER_KV_MAX;
+    const int local = lane_of(b, l, head) - heads->lane, n_lists = heads->n_heads;
+    const int list =
+        by == CLUSTER_KV_QUERY_HEAD ? local * group + vectors_int(selection, "query_head") - head * group : local;
     const int32_t slot = 0;
     const struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
     struct tensor q = queries(b, l, b->m - 1, 1);
-    int32_t *count = fixture_take(b->f, (size_t)n_kv * sizeof *count);
-    int32_t *lists = fixture_take(b->f, (size_t)(n_kv * c->max_entries) * sizeof *lists);
-    if (one) { /* a query head of its own */
-        struct tensor own =
-            tensor_3d(fixture_take(b->f, (size_t)(n_kv * b->d) * sizeof(float)), DTYPE_F32, 1, n_kv, b->d);
-        memcpy((float *)own.data + local * b->d,
-               (float *)q.data + (local * group + vectors_int(selection, "query_head") - head * group) * b->d,
-               (size_t)b->d * sizeof(float));
-        q = own;
-        heads.n_heads = n_kv;
-    }
+    int32_t *count = fixture_take(b->f, (size_t)n_lists * sizeof *count);
+    int32_t *lists = fixture_take(b->f, (size_t)(n_lists * c->max_entries) * sizeof *lists);
     for (int i = 0; i < c->n_lanes; i++) c->state[i].budget = vectors_int(selection, "B");
-    CHECK_OK(ops_select_clusters(&b->f->ops, lists, count, c->max_entries, q, !strcmp(share, "mean"), &batch, &b->kv,
-                                 &heads, c));
-    for (int i = 0; i < count[local]; i++) entry[i] = lists[local * c->max_entries + i];
-    return count[local];
+    CHECK_OK(ops_select_clusters(&b->f->ops, lists, count, c->max_entries, q, by, &batch, &b->kv, heads, c));
+    for (int i = 0; i < count[list]; i++) entry[i] = lists[list * c->max_entries + i];
+    return count[list];
 }
 
 /* Attention of the layer through the policy's hook; the group of one head against the file. */
@@ -365,7 +360,8 @@ static struct engine_like open_engine_like(void)
     return e;
 }
 
-static void open_its_policy(struct engine_like *e)
+/* Returns the bytes of its state. */
+static size_t open_its_policy(struct engine_like *e, enum cluster_kv_group group)
 {
     struct policy_env env = {.ops = &e->f->ops,
                              .comm = comm,
@@ -376,7 +372,7 @@ static void open_its_policy(struct engine_like *e)
                              .max_context = LONGEST,
                              .max_prompt_tokens = LONGEST};
     const struct policy_config config = {
-        .policy = "cluster_kv", .budget = {0.2, 0}, .cluster_kv = {16, 1, 10, 20, 32, 4, CLUSTER_KV_MAX}};
+        .policy = "cluster_kv", .budget = {0.2, 0}, .cluster_kv = {16, 1, 10, 20, 32, 4, (int)group}};
     struct arena arena;
     arena_measure(&arena);
     CHECK_OK(policy_open(&e->policy, &config, &env, &arena));
@@ -384,6 +380,34 @@ static void open_its_policy(struct engine_like *e)
     const size_t bytes = arena.used;
     arena_init(&arena, fixture_take(e->f, bytes), bytes);
     CHECK_OK(policy_open(&e->policy, &config, &env, &arena));
+    return bytes;
+}
+
+/* Query heads with lists of their own: each as if its KV head had no other. Heads without others: the same bits by any
+ * of the three ways to share. */
+static void check_heads_alone(struct engine_like *e, const struct policy_decode *in)
+{
+    struct attention_heads heads = e->layers[in->layer].heads;
+    const int n = in->batch->n_seqs, stride = e->kv.max_pages * e->kv.page_size, n_lists = n * KV_HEADS;
+    const struct kv_clusters *c = cluster_kv_clusters(&e->policy);
+    if (in->layer < e->policy.config.cluster_kv.full_layers ||
+        e->policy.config.cluster_kv.group != CLUSTER_KV_QUERY_HEAD)
+        return;
+    int32_t *entry = fixture_take(e->f, (size_t)(n_lists * stride) * sizeof *entry);
+    int32_t *count = fixture_take(e->f, (size_t)n_lists * sizeof *count);
+    struct tensor q = fixture_3d(e->f, n, KV_HEADS, DIM, 0), out = fixture_3d(e->f, n, KV_HEADS, DIM, 0);
+    heads.n_heads = KV_HEADS;
+    for (int g = 0; g < GROUP * 3; g++) {
+        const enum cluster_kv_group by = (enum cluster_kv_group)(g / GROUP);
+        const struct kv_list list = {entry, count, stride, NULL, NULL, by == CLUSTER_KV_QUERY_HEAD};
+        for (int i = 0; i < n_lists; i++)
+            memcpy((float *)q.data + i * DIM, (float *)in->q.data + (i * GROUP + g % GROUP) * DIM, DIM * sizeof(float));
+        CHECK_OK(ops_select_clusters(&e->f->ops, entry, count, stride, q, by, in->batch, &e->kv, &heads, c));
+        CHECK_OK(ops_attention_decode_listed(&e->f->ops, out, q, in->batch, &e->kv, &heads, &list));
+        for (int i = 0; i < n_lists; i++)
+            CHECK(fixture_same((float *)out.data + i * DIM, (float *)in->out.data + (i * GROUP + g % GROUP) * DIM,
+                               DIM * sizeof(float)));
+    }
 }
 
 /* Prompts of all slots: the third is too short for clusters, the fourth keeps everything. */
@@ -403,12 +427,12 @@ static void begin_all(struct engine_like *e)
     }
 }
 
-static void test_batch(void)
+static void check_batch(enum cluster_kv_group group)
 {
     struct engine_like e = open_engine_like();
     const int32_t slots[SLOTS + 1] = {3, 0, -1, 4, 1, 2};
     const size_t row = KV_HEADS * GROUP * DIM;
-    open_its_policy(&e);
+    open_its_policy(&e, group);
     begin_all(&e);
     for (int step = 0; step < 40; step++) {
         struct seq_batch all = {.n_seqs = SLOTS + 1, .n_tokens = SLOTS + 1, .slot = slots};
@@ -432,6 +456,7 @@ static void test_batch(void)
                 CHECK(fixture_same(fixture_row(out, i), fixture_row(whole, i), row * sizeof(float)) == !listed);
             }
             CHECK(fixture_same(out.data, alone.data, tensor_bytes(out)));
+            check_heads_alone(&e, &in);
         }
         const int32_t advanced[SLOTS] = {3, 0, 4, 1, 2};
         CHECK_OK(e.policy.vt->decode_end(&e.policy, advanced, SLOTS));
@@ -440,18 +465,39 @@ static void test_batch(void)
                                  whole = {.prompt_tokens = 80, .budget = {1, 0}};
     const struct policy_reads short_prompt = policy_step_reads(&e.policy, &nine, 9, 39),
                               all = policy_step_reads(&e.policy, &whole, 80, 39);
-    CHECK(all.tokens == 120 && all.beside_bytes == 0);
+    const int lists = group == CLUSTER_KV_QUERY_HEAD ? GROUP : 1; /* that are read of a lane, in 2 layers of 3 */
+    CHECK(all.tokens == 40 + 80 * lists && all.beside_bytes == 0);
     /* 9 tokens and 40 generated: 32 of them in 4 clusters, of which the budget of 1 token is read in 2 layers of 3 */
-    CHECK(fabs(short_prompt.tokens - (49 + 2 * (49 - 32 + 1)) / 3.0) < 1e-12);
-    CHECK(short_prompt.beside_bytes == 2 * KV_HEADS * (4 * (DIM * 4 + 4) + 4));
+    CHECK(fabs(short_prompt.tokens - (49 + lists * 2 * (49 - 32 + 1)) / 3.0) < 1e-12);
+    CHECK(short_prompt.beside_bytes == lists * 2 * KV_HEADS * (4 * (DIM * 4 + 4) + 4));
     policy_close(&e.policy);
     fixture_close(e.f);
+}
+
+static void test_batch(void)
+{
+    check_batch(CLUSTER_KV_MAX);
+    check_batch(CLUSTER_KV_QUERY_HEAD);
+}
+
+/* What the lists take: room for one more for each query head that is not its KV head's first. */
+static void test_state(void)
+{
+    struct engine_like shared = open_engine_like(), own = open_engine_like();
+    const size_t a = open_its_policy(&shared, CLUSTER_KV_MEAN), b = open_its_policy(&own, CLUSTER_KV_QUERY_HEAD);
+    const size_t lists = (size_t)own.kv.n_slots * KV_HEADS * (GROUP - 1);
+    const size_t bytes = lists * ((size_t)(own.kv.max_pages * own.kv.page_size) + 1) * sizeof(int32_t);
+    CHECK(b - a + 2 * ARENA_ALIGNMENT > bytes && b - a < bytes + 2 * ARENA_ALIGNMENT); /* both are rounded up */
+    policy_close(&shared.policy);
+    policy_close(&own.policy);
+    fixture_close(shared.f);
+    fixture_close(own.f);
 }
 
 static void test_limits(void)
 {
     struct engine_like e = open_engine_like();
-    open_its_policy(&e);
+    open_its_policy(&e, CLUSTER_KV_MAX);
     struct policy_config config = e.policy.config;
     struct policy_env env = e.policy.env;
     struct policy other;
@@ -467,6 +513,10 @@ static void test_limits(void)
     CHECK(arena.used == 0);
     policy_close(&other);
     CHECK(cluster_kv_count(&config.cluster_kv, 600, 584) == 584);
+    config.evicted = KV_EVICTED_HOST;
+    CHECK_OK(policy_check(&config));
+    config.cluster_kv.group = CLUSTER_KV_QUERY_HEAD;
+    CHECK_FAILS(policy_check(&config), ERR_CONFIG, "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head");
     config.cluster_kv.tokens_per_cluster = 80;
     CHECK(cluster_kv_count(&config.cluster_kv, 600, 584) == 7 && cluster_kv_count(&config.cluster_kv, 33, 17) == 1);
     policy_close(&e.policy);
@@ -499,13 +549,13 @@ static void test_arguments(void)
     CHECK_FAILS(ops_cluster_keys(&f->ops, &kv, &c, &job), ERR_ARG, "0 iterations");
     job = good, job.n_entries = 0;
     CHECK_OK(ops_cluster_keys(&f->ops, &kv, &c, &job));
-    CHECK_OK(ops_select_clusters(&f->ops, entry, count, 20, q, false, &batch, &kv, &heads, &c));
+    CHECK_OK(ops_select_clusters(&f->ops, entry, count, 20, q, CLUSTER_KV_MAX, &batch, &kv, &heads, &c));
     CHECK(count[0] == -1 && count[1] == 0);
-    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 0, q, false, &batch, &kv, &heads, &c), ERR_ARG,
+    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 0, q, CLUSTER_KV_MAX, &batch, &kv, &heads, &c), ERR_ARG,
                 "lists of 0");
     c.first_lane = 2, c.n_lanes = 1;
     c.centroid.dim[0] = 2;
-    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 20, q, false, &batch, &kv, &heads, &c), ERR_ARG,
+    CHECK_FAILS(ops_select_clusters(&f->ops, entry, count, 20, q, CLUSTER_KV_MAX, &batch, &kv, &heads, &c), ERR_ARG,
                 "a layer of lanes 1 .. 2");
     fixture_close(f);
 }
@@ -517,6 +567,7 @@ int main(void)
                                        {"prompts", test_prompts},
                                        {"generated tokens", test_decode},
                                        {"a batch of several lengths", test_batch},
+                                       {"room for lists", test_state},
                                        {"limits", test_limits},
                                        {"arguments", test_arguments},
                                        {0}};

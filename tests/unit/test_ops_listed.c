@@ -40,15 +40,15 @@ static int lane_of(const struct layer *x, int row, int head)
     return x->slot[row] * x->kv.lanes_per_slot + x->heads.lane + head;
 }
 
-/* `n` entries of each lane, or as many as it has, drawn without replacement in random order. */
-static struct kv_list draw_lists(struct layer *x, int stride, int least)
+/* `n` entries of each lane, or as many as it has, drawn without replacement in random order. own: each query head's. */
+static struct kv_list draw_lists(struct layer *x, int stride, int least, bool own)
 {
-    const int lists = x->batch.n_seqs * x->heads.n_kv_heads;
+    const int heads = own ? x->heads.n_heads : x->heads.n_kv_heads, lists = x->batch.n_seqs * heads;
     int32_t *entry = fixture_take(x->f, sizeof *entry * (size_t)(lists * stride));
     int32_t *count = fixture_take(x->f, sizeof *count * (size_t)lists);
     int32_t *deck = fixture_take(x->f, sizeof *deck * (size_t)(x->kv.max_pages * x->kv.page_size));
     for (int i = 0; i < lists; i++) {
-        const int length = x->kv.lane_len[lane_of(x, i / x->heads.n_kv_heads, i % x->heads.n_kv_heads)];
+        const int length = x->kv.lane_len[lane_of(x, i / heads, i % heads * x->heads.n_kv_heads / heads)];
         const int most = length < stride ? length : stride;
         count[i] = fixture_int(x->f, least < most ? least : most, most);
         for (int j = 0; j < length; j++) deck[j] = j;
@@ -58,14 +58,15 @@ static struct kv_list draw_lists(struct layer *x, int stride, int least)
             entry[i * stride + j] = j < count[i] ? drawn : 1 << 30; /* beyond the count nobody may look */
         }
     }
-    return (struct kv_list){entry, count, stride, NULL, NULL};
+    return (struct kv_list){entry, count, stride, NULL, NULL, own};
 }
 
 /* The reference: query head h of a row over its list, in double. */
 static void attend(const struct layer *x, const struct kv_list *list, int row, int h, double *out)
 {
     const int dim = x->kv.head_dim, group = x->heads.n_heads / x->heads.n_kv_heads, lane = lane_of(x, row, h / group);
-    const int i = row * x->heads.n_kv_heads + h / group, n = list->count[i];
+    const int i = list->per_query_head ? row * x->heads.n_heads + h : row * x->heads.n_kv_heads + h / group;
+    const int n = list->count[i];
     const int32_t *entry = list->entry + (int64_t)i * list->stride;
     const float *q = fixture_row(x->q, row) + h * dim;
     double top = -INFINITY, sum = 0;
@@ -84,12 +85,12 @@ static void attend(const struct layer *x, const struct kv_list *list, int row, i
     for (int d = 0; d < dim && n; d++) out[d] /= sum;
 }
 
-static void compare(struct shape s, int stride, int least, uint64_t seed)
+static void compare_lists(struct shape s, int stride, int least, uint64_t seed, bool own)
 {
     struct layer x;
     double want[128], worst = 0;
     open_layer(&x, s, seed);
-    struct kv_list list = draw_lists(&x, stride, least);
+    struct kv_list list = draw_lists(&x, stride, least, own);
     struct tensor out = fixture_3d(x.f, s.rows, x.heads.n_heads, s.dim, 4);
     CHECK_OK(ops_attention_decode_listed(&x.f->ops, out, x.q, &x.batch, &x.kv, &x.heads, &list));
     for (int r = 0; r < s.rows; r++)
@@ -102,6 +103,12 @@ static void compare(struct shape s, int stride, int least, uint64_t seed)
         }
     CHECK(worst < 2e-5);
     fixture_close(x.f);
+}
+
+static void compare(struct shape s, int stride, int least, uint64_t seed)
+{
+    compare_lists(s, stride, least, seed, false);
+    compare_lists(s, stride, least, seed, true);
 }
 
 static void test_lists(void)
@@ -124,7 +131,7 @@ static void test_whole(void)
     const int lists = 10, stride = 600;
     int32_t *entry = fixture_take(x.f, sizeof *entry * (size_t)(lists * stride)), count[10];
     struct tensor want = fixture_3d(x.f, 5, 6, 64, 0), out = fixture_3d(x.f, 5, 6, 64, 0);
-    struct kv_list list = {entry, count, 1, NULL, NULL};
+    struct kv_list list = {entry, count, 1, NULL, NULL, false};
     for (int i = 0; i < lists; i++) count[i] = -1;
     CHECK_OK(ops_attention_decode(&x.f->ops, want, x.q, &x.batch, &x.kv, &x.heads));
     CHECK_OK(ops_attention_decode_listed(&x.f->ops, out, x.q, &x.batch, &x.kv, &x.heads, &list));
@@ -140,12 +147,38 @@ static void test_whole(void)
     fixture_close(x.f);
 }
 
+/* Query heads that have the same list each for themselves, some of them the whole lane: bit for bit as with one list
+ * for their KV head. */
+static void test_own(void)
+{
+    struct layer x;
+    open_layer(&x, (struct shape){5, 2, 3, 64, 600}, 5);
+    enum { STRIDE = 400, KV_HEADS = 2, HEADS = 6, ROWS = 5 };
+    struct kv_list shared = draw_lists(&x, STRIDE, 0, false);
+    int32_t *count = fixture_take(x.f, sizeof *count * ROWS * HEADS);
+    int32_t *entry = fixture_take(x.f, sizeof *entry * ROWS * HEADS * STRIDE);
+    ((int32_t *)(uintptr_t)shared.count)[3] = -1;
+    x.slot[2] = -1;
+    for (int i = 0; i < ROWS * HEADS; i++) {
+        const int from = i / HEADS * KV_HEADS + i % HEADS / (HEADS / KV_HEADS);
+        count[i] = shared.count[from];
+        memcpy(entry + i * STRIDE, shared.entry + from * STRIDE, STRIDE * sizeof *entry);
+    }
+    const struct kv_list own = {entry, count, STRIDE, NULL, NULL, true};
+    struct tensor want = fixture_3d(x.f, ROWS, HEADS, 64, 0), out = fixture_3d(x.f, ROWS, HEADS, 64, 4);
+    CHECK_OK(ops_attention_decode_listed(&x.f->ops, want, x.q, &x.batch, &x.kv, &x.heads, &shared));
+    CHECK_OK(ops_attention_decode_listed(&x.f->ops, out, x.q, &x.batch, &x.kv, &x.heads, &own));
+    for (int r = 0; r < ROWS; r++)
+        CHECK(fixture_same(fixture_row(out, r), fixture_row(want, r), HEADS * 64 * sizeof(float)));
+    fixture_close(x.f);
+}
+
 /* Entries that no list names may hold anything; padding rows get zeros. */
 static void test_not_read(void)
 {
     struct layer x;
     open_layer(&x, (struct shape){4, 2, 2, 32, 100}, 4);
-    struct kv_list list = draw_lists(&x, 20, 1);
+    struct kv_list list = draw_lists(&x, 20, 1, false);
     struct tensor out = fixture_3d(x.f, 4, 4, 32, 0);
     x.slot[1] = -1, x.slot[3] = 99;
     for (int r = 0; r < 4; r += 2)
@@ -175,6 +208,7 @@ int main(void)
 {
     static const struct check_case cases[] = {{"lists in any order", test_lists},
                                               {"whole lanes", test_whole},
+                                              {"lists of each query head", test_own},
                                               {"what is not named, padding, refusals", test_not_read},
                                               {0}};
     return check_run("attention over lists", cases);

@@ -74,7 +74,7 @@ static void attend(struct memories *m, const struct kv_view *kv, int lane, int32
     const struct attention_heads heads = {1, 1, DIM, lane, 0.25f};
     const int32_t slot = 1;
     const struct seq_batch batch = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
-    const struct kv_list list = {entry, &n, 2 * LENGTH, &m->host, recent};
+    const struct kv_list list = {entry, &n, 2 * LENGTH, &m->host, recent, false};
     CHECK_OK(
         ops_attention_decode_listed(&m->f->ops, tensor_3d(out, DTYPE_F32, 1, 1, DIM), q, &batch, kv, &heads, &list));
 }
