@@ -1,6 +1,5 @@
-/* Which clusters of keys a decode step attends to (ClusterKV). A block a list (a row's KV head, or
- * query head): the clusters' scores, the cut
- * of their order at the budget, the entries.
+/* Which clusters of keys a decode step attends to (ClusterKV). A block a list (of a row's KV head, or query head): the
+ * clusters' scores, the cut of their order at the budget, the entries.
  *
  * The order itself is never made. The score at which the sizes of all better clusters reach the budget is found by
  * summing sizes over digits of the scores' keys from the top, in integers; the list then follows the clusters'
