@@ -252,7 +252,7 @@ struct sampling_params {
 enum { MAX_LOGPROBS = 20 };
 
 /* What ops on the cache add (by or) to its error word; the lane in question is left as it was. KV_ERROR_QUANTISED:
- * prompt rows for, or a pack or drop of, a lane that is no longer plain (on the CPU ERR_ARG for the last two). */
+ * prompt rows for, or a pack of, a lane that is no longer plain (on the CPU ERR_ARG for the latter). */
 enum { KV_ERROR_NO_FREE_PAGE = 1, KV_ERROR_LANE_FULL = 2, KV_ERROR_QUANTISED = 4 };
 
 /* Per-slot state that sampling reads and writes; lives on the device for the whole run. */

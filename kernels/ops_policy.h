@@ -11,7 +11,8 @@
  * every token of an unsettled block the row's attention to it, times the row's weight over the number of the block's
  * rows, each query head's product rounded half to even to an integer of 2^-40. The newest token's sum is set to 0
  * instead. Rows outside of a block's rows add nothing to it. Attention is the softmax over the whole lane. From
- * decode_begin on, the judges' progress and blocks stay as they are: a GPU reads them before attention has ended. */
+ * decode_begin on, the judges' progress and blocks stay as they are: a GPU reads them before attention has ended. Lanes
+ * are in kv->format, as for attention_decode. */
 int ops_judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,
                       const struct kv_view *kv, const struct attention_heads *heads,
                       const struct decode_judges *judges) MUST_CHECK;
@@ -54,7 +55,8 @@ int ops_recall(struct ops *o, int32_t *entry, const int32_t *count, int stride, 
                const struct kv_view *kv, const struct attention_heads *heads, const struct kv_view *host,
                const struct kv_recent *recent) MUST_CHECK;
 /* ops_kv_drop - drops entries from the middle of lanes of a slot; what stands behind them moves left inside the lane's
- * own pages, pages beyond are pushed back. index: device; drop: host [n_drops], no lane in two of them. */
+ * own pages, pages beyond are pushed back, in whatever format the lanes are. index: device; drop: host [n_drops], no
+ * lane in two of them. */
 int ops_kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                 int n_drops) MUST_CHECK;
 /* ops_split_budgets - for each group of rows of score [rows, n] float32: every row gets its best `own` of the group's

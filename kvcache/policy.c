@@ -77,10 +77,9 @@ int policy_find(const char *name, const struct policy_vt **out)
 }
 
 /* Whether decode steps read lanes by ops of the policy's own, which know the model's dtype alone. */
-static bool reads_lanes(const struct policy_vt *vt, const struct policy_config *config)
+static bool reads_lanes(const struct policy_vt *vt)
 {
-    if (vt == &policy_pyramid_infer) return config->pyramid_infer.generation_block > 0;
-    if (vt == &policy_h2o) return false; /* heavy_decode knows 8 bits */
+    if (vt == &policy_h2o || vt == &policy_pyramid_infer) return false; /* their ops know 8 bits */
     return vt->decode_attention != NULL;
 }
 
@@ -115,12 +114,11 @@ int policy_check(const struct policy_config *config)
 {
     const struct policy_vt *vt;
     TRY(policy_find(config->policy, &vt));
-    if (kv_dtype_format(config->dtype) != KV_PLAIN && reads_lanes(vt, config))
+    if (kv_dtype_format(config->dtype) != KV_PLAIN && reads_lanes(vt))
         FAIL(ERR_CONFIG,
              "kv_cache.dtype %s with kv_cache.policy %s: that policy's decode steps read the model's dtype alone; set "
-             "kv_cache.dtype to auto, %s",
-             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name,
-             vt == &policy_pyramid_infer ? "or kv_cache.pyramid_infer.generation_block to 0" : "or another policy");
+             "kv_cache.dtype to auto, or another policy",
+             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name);
     return check_evicted(config, vt);
 }
 

@@ -2,6 +2,7 @@
  * query head of one row, which reads the keys of the tokens that it judges and no others: what its softmax divides by
  * is known from attention itself. Integers may be added in any order. */
 #include <math.h>
+#include <omp.h>
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/lane.h"
@@ -22,18 +23,35 @@ struct judge {
     const struct vector_ops *vector;
     const struct kv_view *kv;
     const float *q; /* [head_dim] */
+    float *wide;    /* [KEYS, head_dim] for those of a lane in 8 bits */
+    enum kv_format format;
     int lane;
     float scale, log_sum;
 };
 
+/* Logits of n entries, at most KEYS, that lie one after the other in a page. */
+static void score_entries(const struct judge *j, float *score, int entry, int n)
+{
+    const int dim = j->kv->head_dim;
+    if (j->format == KV_PLAIN) {
+        j->vector->score_keys(score, j->q, lane__key(j->kv, j->lane, entry), n, dim, j->scale);
+        return;
+    }
+    const float *scale = lane__key_scale(j->kv, j->lane, entry);
+    j->vector->widen_codes(j->wide, lane__key_codes(j->kv, j->lane, entry), j->format == KV_FP8, (int64_t)n * dim);
+    j->vector->score_keys(score, j->q, j->wide, n, dim, j->scale);
+    for (int i = 0; i < n; i++) score[i] *= scale[i];
+}
+
 /* Adds the attention to n entries of the lane, times the row's weight, to their sums. */
 static void judge_entries(const struct judge *j, int entry, int n, float weight, int64_t *sum)
 {
+    const int tokens = kv_page_tokens(j->kv, j->format);
     float score[KEYS];
     for (int done = 0, run; done < n; done += run) {
-        const int at = entry + done, page_rest = j->kv->page_size - at % j->kv->page_size;
+        const int at = entry + done, page_rest = tokens - at % tokens;
         run = cpu__min(cpu__min(page_rest, n - done), KEYS);
-        j->vector->score_keys(score, j->q, lane__key(j->kv, j->lane, at), run, j->kv->head_dim, j->scale);
+        score_entries(j, score, at, run);
         for (int i = 0; i < run; i++) {
             const float part = weight * expf(score[i] - j->log_sum);
             const int64_t fixed = part == part ? (int64_t)rint((double)part * 0x1p40) : 0;
@@ -64,16 +82,23 @@ int cpu__judge_columns(struct ops *o, struct tensor q, const float *log_sum, con
                        const struct decode_judges *judges)
 {
     const struct cpu *c = cpu__of(o);
-    const int group = heads->n_heads / heads->n_kv_heads;
+    const int group = heads->n_heads / heads->n_kv_heads, room = KEYS * kv->head_dim;
+    struct arena arena;
+    float *wide; /* as large as the room that attention takes for the same */
+    TRY(cpu__scratch(o, &arena));
+    TRY(arena_take(&arena, (size_t)c->n_threads * (size_t)room * sizeof *wide, "judged keys", &wide));
 #pragma omp parallel for num_threads(c->n_threads) schedule(dynamic, 1) collapse(2)
     for (int i = 0; i < batch->n_seqs; i++)
         for (int h = 0; h < heads->n_heads; h++) {
             const int slot = batch->slot[i];
             if (slot < 0 || judges->progress[2 * slot] < 0) continue;
+            const int lane = slot * kv->lanes_per_slot + heads->lane + h / group;
             const struct judge judge = {.vector = c->vector,
                                         .kv = kv,
                                         .q = cpu__row(q, i) + (int64_t)h * heads->head_dim,
-                                        .lane = slot * kv->lanes_per_slot + heads->lane + h / group,
+                                        .wide = wide + (int64_t)omp_get_thread_num() * room,
+                                        .format = lane__format(kv, lane),
+                                        .lane = lane,
                                         .scale = heads->scale,
                                         .log_sum = log_sum[(int64_t)i * heads->n_heads + h]};
             judge_head(&judge, slot, h == 0, judges);

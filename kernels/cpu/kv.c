@@ -265,7 +265,6 @@ int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot)
 
 static int check_drop(const struct kv_view *kv, int lane, const int32_t *index, const struct kv_drop *d)
 {
-    if (lane__format(kv, lane) != KV_PLAIN) FAIL(ERR_ARG, "ops_kv_drop: lane %d is quantised", lane);
     if (d->n_block > kv->lane_len[lane] - d->first)
         FAIL(ERR_ARG, "ops_kv_drop: entries %d .. %d of a lane of %d", d->first, d->first + d->n_block,
              kv->lane_len[lane]);
@@ -278,7 +277,6 @@ static int check_drop(const struct kv_view *kv, int lane, const int32_t *index, 
 int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                  int n_drops)
 {
-    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
     (void)o;
     for (int i = 0; i < n_drops; i++) {
         const struct kv_drop *d = &drop[i];
@@ -288,9 +286,7 @@ int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_
             const int n = kv->lane_len[lane] - d->first - d->n_block + d->n_keep;
             for (int j = 0; j < n; j++) { /* from >= j, so nothing unread is overwritten */
                 const int from = j < d->n_keep ? index[d->first_index + j] : j - d->n_keep + d->n_block;
-                if (from == j) continue;
-                memcpy(lane__key(kv, lane, d->first + j), lane__key(kv, lane, d->first + from), bytes);
-                memcpy(lane__value(kv, lane, d->first + j), lane__value(kv, lane, d->first + from), bytes);
+                if (from != j) lane__move(kv, lane, d->first + j, d->first + from);
             }
             shrink_lane(kv, lane, d->first + n);
         }

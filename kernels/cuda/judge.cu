@@ -4,7 +4,7 @@
  *
  * Warps work apart: 8 threads hold a key, 16 bytes at a time, and 4 keys at once, so that their loads overlap. Which
  * tokens a row judges is found before the attention has ended: it was settled before the step began. */
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/quantised.cuh"
 
 enum {
     JUDGE_WARPS = 4,
@@ -59,20 +59,50 @@ template <typename T> __device__ static __forceinline__ void load_row(uint4 *to,
     }
 }
 
+/* A thread's dimensions of a key of a lane, as they lie there: elements, or codes. */
+template <enum kv_format FORMAT> struct key_part {
+    uint2 of[DIM_STEPS];
+    float by;
+    template <typename T> __device__ __forceinline__ void load(const struct kv_view &kv, int64_t row)
+    {
+        const uint8_t *code = (const uint8_t *)kv.pool.data + row * kv.head_dim;
+#pragma unroll
+        for (int c = 0; c < DIM_STEPS; c++) {
+            const int at = (c * KEY_THREADS + (int)threadIdx.x % KEY_THREADS) * 8;
+            of[c] = at < kv.head_dim ? __ldcg((const uint2 *)(code + at)) : make_uint2(0, 0);
+        }
+        by = __ldcg(&kv.scale[row]);
+    }
+    template <typename T> __device__ __forceinline__ void unpack(int c, float *out) const
+    {
+        unpack8_codes<FORMAT>(of[c], out);
+    }
+    __device__ __forceinline__ float scale(void) const { return by; }
+};
+template <> struct key_part<KV_PLAIN> {
+    uint4 of[DIM_STEPS];
+    template <typename T> __device__ __forceinline__ void load(const struct kv_view &kv, int64_t row)
+    {
+        load_row<T>(of, (const T *)kv.pool.data + row * kv.head_dim, kv.head_dim);
+    }
+    template <typename T> __device__ __forceinline__ void unpack(int c, float *out) const { unpack8<T>(of[c], out); }
+    __device__ __forceinline__ float scale(void) const { return 1; }
+};
+
 /* Logits of KEYS_AT_ONCE entries of a lane, on all threads of the 8 that share them; whole warp. */
-template <typename T, int HEADS>
+template <typename T, enum kv_format FORMAT, int HEADS>
 __device__ static void judge_logits(float (*s)[HEADS], const struct judge_arguments &a, const uint4 (*query)[DIM_STEPS],
                                     int lane, const int *entry)
 {
-    const int size = a.kv.page_size;
+    const int size = FORMAT == KV_PLAIN ? a.kv.page_size : code_tokens(a.kv);
     const int32_t *pages = a.kv.page_row + (int64_t)lane * a.kv.max_pages;
-    int64_t key[KEYS_AT_ONCE];
-    uint4 k[KEYS_AT_ONCE][DIM_STEPS];
+    int64_t row[KEYS_AT_ONCE];
+    struct key_part<FORMAT> k[KEYS_AT_ONCE];
 #pragma unroll
     for (int i = 0; i < KEYS_AT_ONCE; i++)
-        key[i] = ((int64_t)__ldcg(pages + entry[i] / size) * 2 * size + entry[i] % size) * a.kv.head_dim;
+        row[i] = (int64_t)__ldcg(pages + entry[i] / size) * 2 * size + entry[i] % size;
 #pragma unroll
-    for (int i = 0; i < KEYS_AT_ONCE; i++) load_row<T>(k[i], (const T *)a.kv.pool.data + key[i], a.kv.head_dim);
+    for (int i = 0; i < KEYS_AT_ONCE; i++) k[i].template load<T>(a.kv, row[i]);
 #pragma unroll
     for (int i = 0; i < KEYS_AT_ONCE; i++) {
 #pragma unroll
@@ -80,7 +110,7 @@ __device__ static void judge_logits(float (*s)[HEADS], const struct judge_argume
 #pragma unroll
         for (int c = 0; c < DIM_STEPS; c++) {
             float x[8];
-            unpack8<T>(k[i][c], x);
+            k[i].template unpack<T>(c, x);
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 float y[8];
@@ -93,14 +123,14 @@ __device__ static void judge_logits(float (*s)[HEADS], const struct judge_argume
         for (int h = 0; h < HEADS; h++) {
 #pragma unroll
             for (int step = 1; step < KEY_THREADS; step *= 2) s[i][h] += __shfl_xor_sync(~0u, s[i][h], step);
-            s[i][h] *= a.scale;
+            s[i][h] *= a.scale * k[i].scale();
         }
     }
 }
 
 /* Adds the row's attention to tokens [first, first + WARP_KEYS) before `end`, times their blocks' weights; whole warp.
  * `before`: entries of the lane before token 0. log_sum in powers of two; infinite: no head. */
-template <typename T, int HEADS>
+template <typename T, enum kv_format FORMAT, int HEADS>
 __device__ static void judge_tokens(const struct judge_arguments &a, const uint4 (*query)[DIM_STEPS],
                                     const float *log_sum, int slot, int lane, int t, int before, int first, int end)
 {
@@ -114,7 +144,7 @@ __device__ static void judge_tokens(const struct judge_arguments &a, const uint4
         weight[i] = g < end && before + g >= 0 ? judge_weight(j, slot, g / j.block_tokens, t) : 0;
         entry[i] = max(before + min(g, end - 1), 0);
     }
-    judge_logits<T, HEADS>(s, a, query, lane, entry);
+    judge_logits<T, FORMAT, HEADS>(s, a, query, lane, entry);
 #pragma unroll
     for (int i = 0; i < KEYS_AT_ONCE; i++) {
         const int g = first + i * KEY_GROUPS + key_group, b = g / j.block_tokens;
@@ -131,7 +161,7 @@ __device__ static void judge_tokens(const struct judge_arguments &a, const uint4
 }
 
 /* Grid: rows x KV heads x shares of a group's heads. */
-template <typename T, int HEADS>
+template <typename T, enum kv_format FORMAT, int HEADS>
 __global__ static void __launch_bounds__(JUDGE_WARPS * 32) judge_kernel(struct judge_arguments a)
 {
     let_successor_start();
@@ -162,14 +192,17 @@ __global__ static void __launch_bounds__(JUDGE_WARPS * 32) judge_kernel(struct j
     }
 #pragma unroll 1
     for (; first < tokens.y; first += JUDGE_WARPS * WARP_KEYS)
-        judge_tokens<T, HEADS>(a, query, log_sum, slot, lane, t, n - 2 - t, first, tokens.y);
+        judge_tokens<T, FORMAT, HEADS>(a, query, log_sum, slot, lane, t, n - 2 - t, first, tokens.y);
 }
 
 template <typename T, int HEADS>
 static int launch_judges(struct ops *o, const struct judge_arguments &a, int n_rows, int n_kv_heads)
 {
     const dim3 grid((unsigned)n_rows, (unsigned)n_kv_heads, (unsigned)((a.group + HEADS - 1) / HEADS));
-    return cuda__launch(o, "judge_columns", judge_kernel<T, HEADS>, grid, dim3(JUDGE_WARPS * 32), 0, a);
+    void (*kernel)(struct judge_arguments) = a.kv.format == KV_INT8  ? judge_kernel<T, KV_INT8, HEADS>
+                                             : a.kv.format == KV_FP8 ? judge_kernel<T, KV_FP8, HEADS>
+                                                                     : judge_kernel<T, KV_PLAIN, HEADS>;
+    return cuda__launch(o, "judge_columns", kernel, grid, dim3(JUDGE_WARPS * 32), 0, a);
 }
 
 int cuda__judge_columns(struct ops *o, struct tensor q, const float *log_sum, const struct seq_batch *batch,

@@ -529,7 +529,7 @@ __device__ static int left_behind(const struct kv_drop &d, int length)
 }
 
 /* Grid: drops x lanes x (halves of a page, slices of a row). As in pack_kernel entries only move left, in ascending
- * order: what a round writes lies below what later rounds read. */
+ * order: what a round writes lies below what later rounds read. The first thread of a row moves its scale, too. */
 template <typename W>
 __global__ static void __launch_bounds__(PACK_THREADS)
     drop_kernel(struct kv_view kv, int first_lane, const int32_t *index, struct kv_drops drops, int element)
@@ -539,12 +539,15 @@ __global__ static void __launch_bounds__(PACK_THREADS)
     const struct kv_drop d = drops.of[blockIdx.x];
     if ((int)blockIdx.y >= d.n_lanes) return;
     const int lane = first_lane + d.lane + (int)blockIdx.y, n = left_behind(d, kv.lane_len[lane]);
-    if (lane_format(kv, lane) != KV_PLAIN) return;
-    const int words = kv.head_dim * element / (int)sizeof(W), step = (int)threadIdx.x / PACK_ROW;
+    const bool plain = lane_format(kv, lane) == KV_PLAIN;
+    const int words = kv.head_dim * (plain ? element : 1) / (int)sizeof(W), step = (int)threadIdx.x / PACK_ROW;
     const int word = (int)(blockIdx.z / 2 * PACK_ROW + threadIdx.x % PACK_ROW);
-    W *const pool = (W *)kv.pool.data + (int64_t)(blockIdx.z % 2) * kv.page_size * words + word;
+    const int64_t half = (int64_t)(blockIdx.z % 2) * page_tokens(kv, lane);
+    W *const pool = (W *)kv.pool.data + half * words + word;
+    float *const scale = plain || word ? NULL : kv.scale + half;
     for (int first = 0; first < n; first += PACK_ENTRIES) {
         W held[PACK_HELD];
+        float held_scale[PACK_HELD];
 #pragma unroll
         for (int i = 0; i < PACK_HELD; i++) {
             const int j = first + i * PACK_STEP + step;
@@ -552,13 +555,18 @@ __global__ static void __launch_bounds__(PACK_THREADS)
             /* Inside the block whatever is given. */
             const int from =
                 j < d.n_keep ? min(max(index[d.first_index + j], j), d.n_block - 1) : j - d.n_keep + d.n_block;
-            held[i] = pool[row_of(kv, lane, d.first + from) * words];
+            const int64_t row = plain ? row_of(kv, lane, d.first + from) : code_row(kv, lane, d.first + from);
+            held[i] = pool[row * words];
+            if (scale) held_scale[i] = scale[row];
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < PACK_HELD; i++) {
             const int j = first + i * PACK_STEP + step;
-            if (j < n && word < words) pool[row_of(kv, lane, d.first + j) * words] = held[i];
+            if (j >= n || word >= words) continue;
+            const int64_t row = plain ? row_of(kv, lane, d.first + j) : code_row(kv, lane, d.first + j);
+            pool[row * words] = held[i];
+            if (scale) scale[row] = held_scale[i];
         }
     }
 }
@@ -572,10 +580,6 @@ __global__ static void drop_shrink_kernel(struct kv_view kv, int first_lane, str
     const int i = (int)blockIdx.y * LANES_A_BLOCK + (int)threadIdx.x / WARP, lane = first_lane + d.lane + i;
     if (i >= d.n_lanes) return;
     const int n = left_behind(d, kv.lane_len[lane]);
-    if (lane_format(kv, lane) != KV_PLAIN) {
-        if (threadIdx.x % WARP == 0) atomicOr(kv.error, KV_ERROR_QUANTISED);
-        return;
-    }
     if (n >= 0) shrink_lane(kv, lane, d.first + n);
 }
 
@@ -583,7 +587,8 @@ int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32
                   int n_drops)
 {
     const int element = (int)dtype_size(kv->pool.dtype), row_bytes = kv->head_dim * element;
-    const bool wide = row_bytes % 16 == 0 && (uint64_t)kv->pool.data % 16 == 0;
+    const bool wide =
+        (kv->format == KV_PLAIN ? row_bytes : kv->head_dim) % 16 == 0 && (uint64_t)kv->pool.data % 16 == 0;
     const unsigned slices = (unsigned)(row_bytes / (wide ? 16 : 4) + PACK_ROW - 1) / PACK_ROW;
     const int first_lane = slot * kv->lanes_per_slot;
     for (int first = 0; first < n_drops; first += MOST_DROPS) {

@@ -112,19 +112,31 @@ static void test_heads(void)
     cuda_end(f);
 }
 
+/* All slots' lanes in a format; KV_PLAIN: as they are. */
+static void quantise_slots(struct cuda_fixture *f, struct cache *c, enum kv_format format)
+{
+    if (format == KV_PLAIN) return;
+    cache_quantise(f, c, format);
+    for (int slot = 0; slot < c->cpu.n_slots; slot++) {
+        RUN(f, ops_kv_quantise(&f->gpu, &c->gpu, slot));
+        RUN(f, ops_kv_quantise(&f->cpu->ops, &c->cpu, slot));
+    }
+}
+
 /* ---- judges of generated tokens ---- */
 
 /* Sums of one step with three rows (one of them padding, one of a slot that is off) over what is in them already. */
 static void compare_judges(struct cuda_fixture *f, int n_kv_heads, int group, int dim, int prompt, int step,
-                           int settled)
+                           int settled, enum kv_format format)
 {
     enum { SLOTS = 3, BLOCK = 16, LAYERS = 2 };
     const int n = prompt + step + 1, n_heads = n_kv_heads * group, pages = n / 16 + 2, blocks = (step + 2) / BLOCK + 2;
     const struct attention_heads heads = {n_heads, n_kv_heads, dim, 1, 1.0f / sqrtf((float)dim)};
     struct cache c = cache_take(f, SLOTS, n_kv_heads + 1, pages, SLOTS * pages * (n_kv_heads + 1), 16, dim, STALE_NAN);
-    cuda_what(f, "judges of %d/%d heads of %d, step %d after %d, %d blocks settled", n_heads, n_kv_heads, dim, step,
-              prompt, settled);
+    cuda_what(f, "judges of %d/%d heads of %d, step %d after %d, %d blocks settled, format %d", n_heads, n_kv_heads,
+              dim, step, prompt, settled, format);
     for (int s = 0; s < SLOTS; s++) cache_fill(f, &c, &heads, s, n - 1);
+    quantise_slots(f, &c, format);
     int32_t progress[2 * SLOTS] = {step, settled, -1, 0, step, settled}, slot[4] = {2, -1, 1, 0};
     int32_t *block = fixture_take(f->cpu, sizeof *block * 2 * (size_t)(SLOTS * blocks));
     for (int s = 0; s < SLOTS; s++)
@@ -182,21 +194,24 @@ static void compare_judges(struct cuda_fixture *f, int n_kv_heads, int group, in
 static void test_judges(void)
 {
     struct cuda_fixture *f = cuda_begin(4);
-    compare_judges(f, 2, 2, 64, 30, 40, 1);
-    compare_judges(f, 3, 1, 72, 1, 20, 0);
-    if (f->effort > QUICK) {
-        compare_judges(f, 8, 4, 128, 2000, 700, 12);
-        compare_judges(f, 5, 1, 128, 900, 150, 2);
-        compare_judges(f, 2, 7, 80, 333, 99, 0);
-        compare_judges(f, 1, 16, 96, 50, 300, 4);
-        compare_judges(f, 1, 3, 8, 5, 60, 1);
+    for (int format = KV_PLAIN; format < KV_FORMAT_N; format++) {
+        compare_judges(f, 2, 2, 64, 30, 40, 1, (enum kv_format)format);
+        compare_judges(f, 3, 1, 72, 1, 20, 0, (enum kv_format)format);
+        if (f->effort > QUICK) {
+            compare_judges(f, 8, 4, 128, 2000, 700, 12, (enum kv_format)format);
+            compare_judges(f, 5, 1, 128, 900, 150, 2, (enum kv_format)format);
+            compare_judges(f, 2, 7, 80, 333, 99, 0, (enum kv_format)format);
+            compare_judges(f, 1, 16, 96, 50, 300, 4, (enum kv_format)format);
+            compare_judges(f, 1, 3, 8, 5, 60, 1, (enum kv_format)format);
+        }
     }
     cuda_end(f);
 }
 
 /* ---- entries that leave the middle of lanes ---- */
 
-static void compare_drop(struct cuda_fixture *f, int n_layers, int n_kv_heads, int dim, int page_size, int n)
+static void compare_drop(struct cuda_fixture *f, int n_layers, int n_kv_heads, int dim, int page_size, int n,
+                         enum kv_format format)
 {
     enum { BLOCK = 16 };
     const int pages = n / page_size + 2, lanes = n_layers * n_kv_heads;
@@ -204,8 +219,8 @@ static void compare_drop(struct cuda_fixture *f, int n_layers, int n_kv_heads, i
     struct kv_drop *drop = fixture_take(f->cpu, sizeof *drop * (size_t)n_layers);
     int32_t *index = fixture_take(f->cpu, sizeof *index * (size_t)(n_layers * BLOCK + 1));
     int n_index = 0;
-    cuda_what(f, "drop from %d layers of %d lanes of about %d tokens, heads of %d, pages of %d", n_layers, n_kv_heads,
-              n, dim, page_size);
+    cuda_what(f, "drop from %d layers of %d lanes of about %d tokens, heads of %d, pages of %d, format %d", n_layers,
+              n_kv_heads, n, dim, page_size, format);
     for (int l = 0; l < n_layers; l++) {
         const struct attention_heads heads = {n_kv_heads, n_kv_heads, dim, l * n_kv_heads, 1};
         const int length = BLOCK + fixture_int(f->cpu, 0, n - BLOCK);
@@ -221,6 +236,7 @@ static void compare_drop(struct cuda_fixture *f, int n_layers, int n_kv_heads, i
         drop[l].n_keep = n_index - drop[l].first_index;
     }
     struct pair list = pair_of(f, index, sizeof *index * (size_t)(n_layers * BLOCK + 1));
+    quantise_slots(f, &c, format);
     RUN(f, ops_kv_drop(&f->gpu, &c.gpu, 1, list.gpu, drop, n_layers));
     RUN(f, ops_kv_drop(&f->cpu->ops, &c.cpu, 1, list.cpu, drop, n_layers));
     cache_check(f, &c);
@@ -230,13 +246,18 @@ static void compare_drop(struct cuda_fixture *f, int n_layers, int n_kv_heads, i
 static void test_drop(void)
 {
     struct cuda_fixture *f = cuda_begin(5);
-    compare_drop(f, 3, 2, 64, 16, 90);
-    compare_drop(f, 2, 1, 8, 16, 40);
+    compare_drop(f, 3, 2, 64, 16, 90, KV_PLAIN);
+    compare_drop(f, 2, 1, 8, 16, 40, KV_PLAIN);
+    compare_drop(f, 3, 2, 64, 16, 90, KV_FP8);
+    compare_drop(f, 2, 1, 8, 16, 70, KV_INT8);
     if (f->effort > QUICK) {
-        compare_drop(f, 40, 2, 128, 16, 600);
-        compare_drop(f, 130, 1, 64, 16, 200);
-        compare_drop(f, 4, 5, 72, 7, 300);
-        compare_drop(f, 4, 3, 96, 16, 1000);
+        compare_drop(f, 40, 2, 128, 16, 600, KV_PLAIN);
+        compare_drop(f, 130, 1, 64, 16, 200, KV_PLAIN);
+        compare_drop(f, 4, 5, 72, 7, 300, KV_PLAIN);
+        compare_drop(f, 4, 3, 96, 16, 1000, KV_PLAIN);
+        compare_drop(f, 40, 2, 128, 16, 600, KV_INT8);
+        compare_drop(f, 4, 5, 72, 16, 300, KV_FP8);
+        compare_drop(f, 4, 3, 96, 16, 1000, KV_INT8);
     }
     cuda_end(f);
 }

@@ -154,7 +154,8 @@ static void service_small(struct service *s, struct ranks *on, const char *name,
     const int lanes = most_lanes(&dims, on->comm->size);
     snprintf(bytes, sizeof bytes, "%d", lanes * page_bytes * (pages * 3 / 2));
     settings[5] = bytes;
-    for (int i = 0; chosen[i]; i++) settings[6 + i] = chosen[i];
+    settings[6] = "kv_cache.pyramid_infer.generation_block", settings[7] = "4";
+    for (int i = 0; chosen[i]; i++) settings[8 + i] = chosen[i];
     service_open(s, on, path, settings);
 }
 
@@ -208,6 +209,7 @@ static void test_random_models(void)
     compare_ranks("heads_9", "vl_cache", "int8", "equal", "200");
     compare_ranks("gqa_tied", "snapkv", "fp8", "adaptive", "200");
     compare_ranks("heads_7", "h2o", "int8", "equal", "200");
+    compare_ranks("heads_9", "pyramid_infer", "fp8", "equal", "200");
 }
 
 int main(void)

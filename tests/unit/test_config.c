@@ -209,8 +209,6 @@ static void test_check(void)
     CHECK(kv_dtype_format(config.kv_cache.dtype) == KV_FP8);
     CHECK_FAILS(config_check(&config), ERR_CONFIG, "kv_cache.dtype fp8 with kv_cache.policy quest");
     load("model: a\nkv_cache: {policy: pyramid_infer, dtype: int8}\n");
-    CHECK_FAILS(config_check(&config), ERR_CONFIG, "generation_block to 0");
-    load("model: a\nkv_cache: {policy: pyramid_infer, dtype: int8, pyramid_infer: {generation_block: 0}}\n");
     CHECK_OK(config_check(&config));
 }
 
