@@ -136,15 +136,26 @@ static int stop_signal(const struct eval *e)
     return e->options->liveness ? liveness_stop_requested(e->options->liveness) : 0;
 }
 
-/* The full cache's answer is to be given, as far as it can be forced, and nothing more. */
-static int force(struct request *request, const struct eval_answer *answer)
+/* These tokens are to be given, as far as they can be forced, and nothing more. */
+static int force(struct request *request, const int32_t *tokens, size_t n)
 {
-    request->n_forced = answer->n_tokens < MAX_FORCED ? answer->n_tokens : MAX_FORCED;
+    request->n_forced = n < MAX_FORCED ? (int)n : MAX_FORCED;
     request->max_tokens = request->n_forced;
     request->forced = malloc((size_t)request->n_forced * sizeof *request->forced);
     if (!request->forced) FAIL(ERR_NOMEM, "no memory for %d tokens", request->n_forced);
-    memcpy(request->forced, answer->tokens, (size_t)request->n_forced * sizeof *request->forced);
+    memcpy(request->forced, tokens, (size_t)request->n_forced * sizeof *request->forced);
     return OK;
+}
+
+/* The text goes to the tokenizer as it stands, without a begin token. */
+static int force_text(const struct eval *e, struct request *request, const char *text)
+{
+    int32_t *tokens;
+    size_t n;
+    TRY(tokenizer_encode(prompt_tokenizer(e->builder), text, strlen(text), TOKENIZER_PARSE_SPECIAL, &tokens, &n));
+    int rc = force(request, tokens, n);
+    free(tokens);
+    return rc;
 }
 
 /* The second turn's text goes to the tokenizer as it stands, without a begin token. */
@@ -161,9 +172,13 @@ static int add_followup(const struct eval *e, struct request *request, const cha
 static int submit(struct eval *e, struct request *request, int i)
 {
     int rc;
+    const char *continuation = e->questions.question[i].continuation;
     request->budget = e->run->config.budget;
-    if (e->pass == EVAL_FORCED) TRY(force(request, &e->full->answer[i]));
-    if (e->pass == EVAL_FORCED || e->run == e->full) request->sampling.n_logprobs = 1;
+    if (continuation)
+        TRY(force_text(e, request, continuation));
+    else if (e->pass == EVAL_FORCED)
+        TRY(force(request, e->full->answer[i].tokens, (size_t)e->full->answer[i].n_tokens));
+    if (request->n_forced || e->run == e->full) request->sampling.n_logprobs = 1;
     e->slots[i] = (struct slot){e, i};
     while ((rc = engine_submit(e->engine, request, (struct sink){&e->slots[i], NULL, on_done})) == ERR_FULL)
         TRY(step(e));

@@ -16,7 +16,8 @@ enum { EVAL_MAX_RUNS = 256 };
 #define EVAL_TIE_MARGIN 0.05
 
 struct eval_question {
-    char *id, *prompt, *answer;
+    char *id, *prompt, *answer;              /* answer NULL: there is a continuation in its place */
+    char *continuation;                      /* text that every run is made to say, and is scored by; NULL: none */
     char *task;                              /* NULL: none */
     char *followup_prompt, *followup_answer; /* a second turn, asked behind the first answer; NULL: none */
     bool is_long;                            /* the answer is five tokens or more */
@@ -51,7 +52,8 @@ struct eval_answer {
         int32_t *tokens;
         int n_tokens;
     } followup;
-    /* Of the full cache's answer under this run's cache: sum of log-probabilities, and of how many tokens. */
+    /* Of the continuation, else the full cache's answer, under this run's cache: sum of log-probabilities, and of how
+     * many tokens. */
     bool scored;
     double log_likelihood;
     int n_likelihood;
@@ -59,7 +61,8 @@ struct eval_answer {
 
 /* How some of the questions went. */
 struct eval_subset {
-    int n, n_exact, n_like_full;        /* n_like_full: -1 where `full` is not among the runs */
+    int n, n_answers;                   /* questions; those with an answer, of which the next two rows are */
+    int n_exact, n_like_full;           /* n_like_full: -1 where `full` is not among the runs */
     double exact_match, anls, token_f1; /* means */
     double log_likelihood;              /* mean over n_likelihood tokens, 0 of which: not known */
     int64_t n_likelihood;
@@ -90,7 +93,7 @@ void eval__free_runs(struct eval_one_run *runs, int n_runs, int n_questions);
 /* eval__next_item - the next item of a comma list into buf; *list moves on, NULL behind the last. ERR_CONFIG. */
 int eval__next_item(const char **list, const char *what, char *buf, size_t size) MUST_CHECK;
 
-/* The two ways in which a question is asked. */
+/* The two ways in which a question is asked. One with a continuation is asked once, in the first pass. */
 enum eval_pass { EVAL_FREE, EVAL_FORCED };
 
 /* The journal: a head line that says what the eval is of, then a line for each answer, written as it comes. */
@@ -128,6 +131,9 @@ double eval__anls(const char *text, size_t size, const char *answer);
 void eval__score(const struct eval_questions *questions, struct eval_one_run *run, const struct eval_one_run *full);
 double eval__f1(const char *text, size_t size, const char *answer);
 bool eval__correct(const struct eval_question *question, const struct eval_answer *answer);
+
+/* eval__has_continuations - whether any question has one. */
+bool eval__has_continuations(const struct eval_questions *questions);
 
 /* eval__first_difference - index of the first token unlike the reference, -1 if there is none. */
 int eval__first_difference(const struct eval_question *question, const struct eval_answer *answer);

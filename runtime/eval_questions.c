@@ -60,6 +60,19 @@ static int read_followup(const cJSON *object, const char *what, struct eval_ques
     return OK;
 }
 
+/* A continuation says by itself what is to come: nothing else may. */
+static int read_continuation(const cJSON *object, const char *what, struct eval_question *q)
+{
+    static const char *const others[] = {"answer", "followup", "model_tokens"};
+    if (!json_get(object, "continuation")) return OK;
+    q->continuation = copy_string(object, "continuation");
+    if (!q->continuation || !*q->continuation) FAIL(ERR_FORMAT, "%s: continuation must be a text, not empty", what);
+    for (int i = 0; i < 3; i++)
+        if (json_get(object, others[i]))
+            FAIL(ERR_FORMAT, "%s: has a continuation and %s: leave one of them out", what, others[i]);
+    return OK;
+}
+
 static int read_question(const cJSON *object, const char *folder, const char *what, struct eval_question *q)
 {
     if (!cJSON_IsObject(object)) FAIL(ERR_FORMAT, "%s: must be an object with id, prompt and answer", what);
@@ -67,7 +80,8 @@ static int read_question(const cJSON *object, const char *folder, const char *wh
     q->id = copy_string(object, "id");
     q->prompt = copy_string(object, "prompt");
     q->answer = copy_string(object, "answer");
-    if (!q->id || !q->prompt || !q->answer)
+    TRY(read_continuation(object, what, q));
+    if (!q->id || !q->prompt || (!q->answer && !q->continuation))
         FAIL(ERR_FORMAT, "%s: id, prompt and answer must be strings; %s is not", what,
              !q->id ? "id" : (!q->prompt ? "prompt" : "answer"));
     const char *task = NULL;
@@ -137,6 +151,7 @@ void eval__free(struct eval_questions *questions)
         free(q->id);
         free(q->prompt);
         free(q->answer);
+        free(q->continuation);
         free(q->task);
         free(q->followup_prompt);
         free(q->followup_answer);

@@ -56,7 +56,7 @@ static void show_answer(FILE *to, const struct eval_question *q, const struct ev
     fprintf(to, "  %-18s %6d %6d %8.1f %8.2f %8.2f %9.0f %8.1f  %-5s ", name, a->prompt_tokens, a->image_tokens,
             a->kept_tokens, mib(a->bytes_full), mib(a->bytes_kept), a->first_token_seconds * 1e3,
             a->n_tokens > 1 && seconds > 0 ? (a->n_tokens - 1) / seconds : 0.0,
-            eval__correct(q, a) ? "right" : "wrong");
+            !q->answer ? "-" : (eval__correct(q, a) ? "right" : "wrong"));
     print_clipped(to, a->text, 48);
     fputc('\n', to);
 }
@@ -77,29 +77,34 @@ void eval__show(FILE *to, const struct eval_questions *questions, const struct e
     fputc('\n', to);
 }
 
+static double perplexity(const struct eval_subset *s) { return exp(-s->log_likelihood); }
+
 static void print_run(FILE *to, const struct eval_questions *questions, const struct eval_one_run *r)
 {
-    char budget[32], exact[32], full[32], reference[32], likelihood[32] = "-";
+    char budget[32], exact[32], full[32], reference[32], likelihood[32] = "-", column[32] = "";
     const struct eval_scores *s = &r->scores;
     const struct eval_subset *all = &s->all;
     double kept = s->bytes_full ? 100.0 * (double)s->bytes_kept / (double)s->bytes_full : 0;
     if (all->n_likelihood) snprintf(likelihood, sizeof likelihood, "%.4f", all->log_likelihood);
-    fprintf(to, "%-18s %8s %8s %10s %6.3f %8.3f %8s %12s %10s %9.1f %9.1f %6.1f%% %9.3f %8.1f %9.1f\n",
+    if (eval__has_continuations(questions))
+        snprintf(column, sizeof column, " %10.4g", all->n_likelihood ? perplexity(all) : NAN);
+    fprintf(to, "%-18s %8s %8s %10s %6.3f %8.3f %8s %12s %10s%s %9.1f %9.1f %6.1f%% %9.3f %8.1f %9.1f\n",
             r->config.policy, kv_budget_print(r->config.budget, budget, sizeof budget), r->dtype,
-            share(all->n_exact, questions->n, exact, sizeof exact), all->anls, all->token_f1,
-            share(all->n_like_full, questions->n, full, sizeof full),
-            share(s->n_like_reference, s->n_reference, reference, sizeof reference), likelihood, mib(s->bytes_full),
-            mib(s->bytes_kept), kept, s->bytes_read_per_step / (1 << 20), r->seconds,
+            share(all->n_exact, all->n_answers, exact, sizeof exact), all->anls, all->token_f1,
+            share(all->n_like_full, all->n_answers, full, sizeof full),
+            share(s->n_like_reference, s->n_reference, reference, sizeof reference), likelihood, column,
+            mib(s->bytes_full), mib(s->bytes_kept), kept, s->bytes_read_per_step / (1 << 20), r->seconds,
             r->seconds > 0 ? (double)s->generated_tokens / r->seconds : 0.0);
 }
 
 void eval__print(FILE *to, const struct eval_questions *questions, const struct eval_one_run *runs, int n_runs)
 {
-    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "", "", "", "", "", "token", "",
-            "", "full's", "KV full", "KV kept", "", "read/step", "", "");
-    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s %9s %9s %7s %9s %8s %9s\n", "policy", "budget", "dtype",
-            "exact", "ANLS", "F1", "as full", "as reference", "log-likel.", "MiB", "MiB", "kept", "MiB", "seconds",
-            "tokens/s");
+    const char *column = eval__has_continuations(questions) ? " perplexity" : "";
+    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s%*s %9s %9s %7s %9s %8s %9s\n", "", "", "", "", "", "token",
+            "", "", "full's", (int)strlen(column), "", "KV full", "KV kept", "", "read/step", "", "");
+    fprintf(to, "%-18s %8s %8s %10s %6s %8s %8s %12s %10s%s %9s %9s %7s %9s %8s %9s\n", "policy", "budget", "dtype",
+            "exact", "ANLS", "F1", "as full", "as reference", "log-likel.", column, "MiB", "MiB", "kept", "MiB",
+            "seconds", "tokens/s");
     for (int i = 0; i < n_runs; i++) print_run(to, questions, &runs[i]);
     for (int i = 0; i < n_runs; i++)
         if (eval__is_full(&runs[i])) print_mismatches(to, questions, &runs[i]);
@@ -153,15 +158,24 @@ static void put_share(struct output_buffer *b, const char *key, int n, int of)
         output_printf(b, "\"%s\":%.9g,", key, (double)n / of);
 }
 
+static void put_mean(struct output_buffer *b, const char *key, double mean, int64_t of)
+{
+    if (of && isfinite(mean))
+        output_printf(b, ",\"%s\":%.9g", key, mean);
+    else
+        output_printf(b, ",\"%s\":null", key);
+}
+
 static void put_subset(struct output_buffer *b, const struct eval_subset *s)
 {
-    output_printf(b, "\"n\":%d,\"exact_match\":%.9g,\"anls\":%.9g,\"token_f1\":%.9g,", s->n, s->exact_match, s->anls,
-                  s->token_f1);
-    put_share(b, "same_as_full", s->n_like_full, s->n);
-    if (s->n_likelihood && isfinite(s->log_likelihood))
-        output_printf(b, "\"log_likelihood\":%.9g", s->log_likelihood);
-    else
-        output_printf(b, "\"log_likelihood\":null");
+    output_printf(b, "\"n\":%d", s->n);
+    put_mean(b, "exact_match", s->exact_match, s->n_answers);
+    put_mean(b, "anls", s->anls, s->n_answers);
+    put_mean(b, "token_f1", s->token_f1, s->n_answers);
+    put_mean(b, "same_as_full", s->n_answers ? (double)s->n_like_full / s->n_answers : 0,
+             s->n_like_full < 0 ? 0 : s->n_answers);
+    put_mean(b, "log_likelihood", s->log_likelihood, s->n_likelihood);
+    put_mean(b, "perplexity", perplexity(s), s->n_likelihood);
 }
 
 /* Whether no question before it has the task of question i. */
@@ -236,8 +250,10 @@ static void put_items(struct output_buffer *b, const struct eval_questions *ques
         output_string(b, a->text, a->text_size);
         output_printf(b, ",\"tokens\":[");
         for (int k = 0; k < a->n_tokens; k++) output_printf(b, "%s%d", k ? "," : "", a->tokens[k]);
-        output_printf(b, "],\"correct\":%s,\"anls\":%.9g", eval__correct(q, a) ? "true" : "false",
-                      eval__anls(a->text, a->text_size, q->answer));
+        output_printf(b, "]");
+        if (q->answer)
+            output_printf(b, ",\"correct\":%s,\"anls\":%.9g", eval__correct(q, a) ? "true" : "false",
+                          eval__anls(a->text, a->text_size, q->answer));
         if (a->followup.text) {
             output_printf(b, ",\"followup\":");
             output_string(b, a->followup.text, a->followup.text_size);

@@ -28,7 +28,7 @@ static bool same_text(const char *a, size_t n, const char *b)
 
 bool eval__correct(const struct eval_question *question, const struct eval_answer *answer)
 {
-    return same_text(answer->text, answer->text_size, question->answer);
+    return question->answer && same_text(answer->text, answer->text_size, question->answer);
 }
 
 struct word {
@@ -153,9 +153,16 @@ const struct eval_one_run *eval__full_of(const struct eval_one_run *runs, int n_
     return NULL;
 }
 
+bool eval__has_continuations(const struct eval_questions *questions)
+{
+    for (int i = 0; i < questions->n; i++)
+        if (questions->question[i].continuation) return true;
+    return false;
+}
+
 static void finish(struct eval_subset *s)
 {
-    double n = s->n ? s->n : 1;
+    double n = s->n_answers ? s->n_answers : 1;
     s->exact_match = s->n_exact / n;
     s->anls /= n;
     s->token_f1 /= n;
@@ -171,6 +178,7 @@ struct eval_subset eval__score_followups(const struct eval_questions *questions,
         const struct eval_followup *f = &run->answer[i].followup;
         if (!answer || !f->text) continue;
         s.n++;
+        s.n_answers++;
         s.n_exact += same_text(f->text, f->text_size, answer);
         s.anls += eval__anls(f->text, f->text_size, answer);
         s.token_f1 += eval__f1(f->text, f->text_size, answer);
@@ -191,14 +199,17 @@ struct eval_subset eval__score_subset(const struct eval_questions *questions, co
         const struct eval_answer *a = &run->answer[i];
         if ((task && (!q->task || strcmp(q->task, task) != 0)) || (only_long && !q->is_long)) continue;
         s.n++;
+        if (a->scored) {
+            s.log_likelihood += a->log_likelihood;
+            s.n_likelihood += a->n_likelihood;
+        }
+        if (!q->answer) continue;
+        s.n_answers++;
         s.n_exact += eval__correct(q, a);
         s.anls += eval__anls(a->text, a->text_size, q->answer);
         s.token_f1 += eval__f1(a->text, a->text_size, q->answer);
         if (full)
             s.n_like_full += same_tokens(a->tokens, a->n_tokens, full->answer[i].tokens, full->answer[i].n_tokens);
-        if (!a->scored) continue;
-        s.log_likelihood += a->log_likelihood;
-        s.n_likelihood += a->n_likelihood;
     }
     finish(&s);
     return s;

@@ -167,6 +167,79 @@ static void test_runs(void)
     cJSON_Delete(tree);
 }
 
+/* ---- continuations ---- */
+
+static void write_continuations(void)
+{
+    FILE *f = fopen(questions, "w");
+    fputs("{\"id\":\"said\",\"prompt\":\"USER: Which? ASSISTANT:\",\"answer\":\"x\",\"task\":\"ask\"}\n", f);
+    for (int i = 0; i < 2; i++)
+        fprintf(f, "{\"id\":\"read%d\",\"prompt\":\"A page %d\",\"continuation\":\" and so on\",\"task\":\"read\"}\n",
+                i, i);
+    fclose(f);
+}
+
+/* What the pretended engine says to " and so on": a token that is not its own is unlikely. */
+static double expected_likelihood(int i, int *n)
+{
+    char prompt[64], text[64];
+    int32_t own[3], *tokens;
+    size_t n_tokens;
+    struct request r;
+    struct policy_config full = {.policy = "full"};
+    int size = snprintf(prompt, sizeof prompt, "A page %d", i);
+    struct prompt_text p = {prompt, (size_t)size, NULL, 0, true};
+    double sum = 0;
+    CHECK_OK(prompt_from_text(builder, &p, NULL, "q", &r));
+    r.budget = (struct kv_budget){1, 0};
+    fake_answer(&r, &full, own, text);
+    request_free(&r);
+    CHECK_OK(tokenizer_encode(prompt_tokenizer(builder), " and so on", 10, 0, &tokens, &n_tokens));
+    CHECK(n_tokens > 1 && n_tokens <= 8);
+    for (size_t k = 0; k < n_tokens; k++) sum += k < 3 && tokens[k] != own[k] ? -2 : -0.25;
+    *n = (int)n_tokens;
+    free(tokens);
+    return sum;
+}
+
+static void check_continuations(const cJSON *run, int n, double mean)
+{
+    const cJSON *ask = json_get(json_get(run, "tasks"), "ask"), *read = json_get(json_get(run, "tasks"), "read");
+    CHECK(number(run, "n") == 3 && number(run, "exact_match") == 0 && number(ask, "n") == 1);
+    CHECK(number(read, "n") == 2 && !json_get(read, "exact_match"));
+    CHECK(!json_get(read, "same_as_full") && !json_get(read, "anls"));
+    CHECK(fabs(number(read, "log_likelihood") - mean) < 1e-8);
+    CHECK(fabs(number(read, "perplexity") / exp(-mean) - 1) < 1e-8);
+    CHECK(number(run, "generated_tokens") == 3 + 2 * n);
+}
+
+/* Asked once in every run, the full cache's and one without a full cache included, and scored by the file's text. */
+static void test_continuations(void)
+{
+    struct eval_result r;
+    char *table = NULL;
+    size_t table_size;
+    FILE *f = open_memstream(&table, &table_size);
+    int n;
+    double sum = expected_likelihood(0, &n) + expected_likelihood(1, &n);
+    write_continuations();
+    CHECK_OK(run("full,vl_cache", "0.1", f, &r));
+    fclose(f);
+    CHECK(engine.n_finished == 3 + 3 + 1); /* the answer is forced as well */
+    CHECK(strstr(table, "perplexity") && strstr(table, "0/1"));
+    free(table);
+    cJSON *tree;
+    CHECK_OK(json_parse_file(output, 1 << 20, &tree));
+    for (int i = 0; i < 2; i++) check_continuations(cJSON_GetArrayItem(json_get(tree, "runs"), i), n, sum / (2 * n));
+    const cJSON *item = cJSON_GetArrayItem(json_get(tree, "items"), 1);
+    CHECK(number(item, "likelihood_tokens") == n && !json_get(item, "correct"));
+    cJSON_Delete(tree);
+    CHECK_OK(run("vl_cache", "0.1", NULL, &r));
+    CHECK_OK(json_parse_file(output, 1 << 20, &tree));
+    check_continuations(cJSON_GetArrayItem(json_get(tree, "runs"), 0), n, sum / (2 * n));
+    cJSON_Delete(tree);
+}
+
 /* ---- the journal ---- */
 
 static const char *const policies = "vl_cache,full";
@@ -218,6 +291,13 @@ static void test_resume(void)
     CHECK(strstr(whole, "\"seconds\":0") != NULL);
     for (int k = 1; k < n_asked - 1; k += 3) check_stopped(k, whole, n_asked);
     free(whole);
+    write_continuations();
+    CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
+    n_asked = engine.n_finished;
+    whole = read_output();
+    for (int k = 1; k < n_asked - 1; k++) check_stopped(k, whole, n_asked);
+    free(whole);
+    write_questions();
     no_forced = true;
     CHECK_OK(run(policies, "0.1,0.9", NULL, &r));
     CHECK(engine.n_finished == 3 * QUESTIONS);
@@ -340,6 +420,10 @@ static void test_bad_files(void)
         {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"model_tokens\":[1.5]}", "model_tokens must be"},
         {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"followup\":{\"prompt\":\"q\"}}", "followup must be"},
         {"\n{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"min_margin\":\"z\"}", "line 2: min_margin"},
+        {"{\"id\":\"a\",\"prompt\":\"p\",\"continuation\":7}", "continuation must be a text"},
+        {"{\"id\":\"a\",\"prompt\":\"p\",\"continuation\":\"\"}", "continuation must be a text"},
+        {"{\"id\":\"a\",\"prompt\":\"p\",\"answer\":\"x\",\"continuation\":\"c\"}", "a continuation and answer"},
+        {"{\"id\":\"a\",\"prompt\":\"p\",\"continuation\":\"c\",\"followup\":{}}", "continuation and followup"},
     };
     struct eval_result r;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -406,6 +490,7 @@ int main(void)
                                                    {"word overlap", test_f1},
                                                    {"Levenshtein similarity", test_anls},
                                                    {"runs, scores and reports", test_runs},
+                                                   {"continuations", test_continuations},
                                                    {"stopped and gone on with", test_resume},
                                                    {"a journal of something else", test_other_journal},
                                                    {"plots", test_plot},
