@@ -3,8 +3,9 @@
  * Owns: the questions file, one run of continuous batching for each policy and budget over the same weights, and the
  * scores, as a table, as JSON and as a plot. Questions are asked greedily, so that runs can be compared token by token:
  * with the answer, with the full cache's tokens, and with the reference tokens that the file may bring. Then the full
- * cache's answers are forced on every other run, which says how likely they are to it. Finished answers are kept in a
- * journal beside the output until that is in place, so that an eval that was killed can go on. */
+ * cache's answers are forced on every other run, which says how likely they are to it; a text that the file brings as a
+ * continuation is forced on every run. Finished answers are kept in a journal beside the output until that is in place,
+ * so that an eval that was killed can go on. */
 #ifndef VITRAIL_RUNTIME_EVAL_H
 #define VITRAIL_RUNTIME_EVAL_H
 
