@@ -24,7 +24,6 @@ from html.parser import HTMLParser
 CITIES = ["Lisbon", "Vienna", "Oslo", "Prague", "Madrid", "Athens", "Dublin", "Warsaw", "Helsinki", "Rome", "Berlin",
           "Paris", "London", "Brussels", "Budapest", "Copenhagen", "Stockholm", "Lima", "Cairo", "Tokyo"]
 DEPTHS = 0.1, 0.3, 0.5, 0.7, 0.9
-CONTINUATION_TOKENS = 330  # by the estimate, with some to spare; eval takes the first 256 tokens
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 NEEDLE = "The secret number of {} is {}."
 TURN = ("<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{text}\n\n"
@@ -95,7 +94,7 @@ def stretch(rng, book, size):
 
 def perplexity(rng, book, options, index):
     text, end = stretch(rng, book, int(options.tokens * options.characters))
-    stop = book.index(" ", end + int(CONTINUATION_TOKENS * options.characters))
+    stop = book.index(" ", end + int(options.continuation * options.characters))
     return {"prompt": text, "continuation": book[end:stop]}
 
 
@@ -115,6 +114,8 @@ def main():
     parser.add_argument("--set", choices=("perplexity", "needle"), required=True)
     parser.add_argument("--tokens", type=int, default=1024, help="length of the stretch (%(default)s)")
     parser.add_argument("--characters", type=float, default=4.5, help="characters a token (%(default)s)")
+    parser.add_argument("--continuation", type=int, default=330,
+                        help="tokens of a continuation (%(default)s: enough for the 256 that eval takes)")
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
