@@ -71,6 +71,9 @@ static inline int kv_page_tokens(const struct kv_view *kv, enum kv_format format
     return format == KV_PLAIN ? kv->page_size : kv->page_size * (int)dtype_size(kv->pool.dtype);
 }
 
+/* kv_picked_pages - pages as struct page_pick has them in one of the pool, of lanes whose prompt has ended. */
+static inline int kv_picked_pages(const struct kv_view *kv) { return kv_page_tokens(kv, kv->format) / kv->page_size; }
+
 /* Sequences of a call: rows [cu_seqlens[i], cu_seqlens[i+1]) of q, k, v belong to slot[i]. Host copies stand beside the
  * device arrays where a backend needs sizes to launch; a captured decode step uses the device arrays alone. */
 struct seq_batch {
@@ -128,7 +131,8 @@ struct heavy_hitters {
 };
 
 /* The entries of lanes that a decode step attends to, device: list r * n_kv_heads + h for row r and KV head h of the
- * layer, or r * n_heads + h for row r and query head h. */
+ * layer, or r * n_heads + h for row r and query head h. Entries of kv are stored as the lane is (kv.format), those in
+ * host memory and at recent places as activations. */
 struct kv_list {
     const int32_t *entry; /* [n_lists, stride] entries of the lane, each once, in any order; a negative one is entry
                              ~e of the same lane in `host` */
@@ -158,9 +162,11 @@ struct kv_recent {
     int steps;    /* what one of the last so many steps listed, this one included, keeps its place */
 };
 
-/* What ops_pick_pages works with. */
+/* What ops_pick_pages works with. Its pages are page_size entries of a lane, however that is stored: of a lane in an
+ * 8-bit format several lie in a page of the pool, and their bounds behind each other. */
 struct page_pick {
-    struct tensor bounds; /* [n_pages, 2 (least, largest), head_dim] activations: of each page's keys, per channel */
+    struct tensor bounds; /* [n_pages, kv_picked_pages * 2 (least, largest), head_dim] activations: of the keys of each,
+                             per channel */
     struct tensor score;  /* [n_rows * n_kv_heads, max_pages] float32, dense; out, of lanes that are listed: ranks */
     const int32_t *limit; /* [n_slots] most pages of a list, at most stride / page_size; 0: the whole lane */
     int32_t *entry;       /* [n_rows * n_kv_heads, stride] out: a kv_list */

@@ -23,7 +23,8 @@ size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max
  * key goes to the centre of the largest cosine (0 with a zero vector; equal: the lower cluster) and each centre becomes
  * the mean of its keys as they are, summed in float32 in a fixed order (an empty cluster keeps its centre); then keys
  * are assigned once more. Writes centroids, sizes and entries of the job's clusters alone; state is the caller's. Of a
- * list's entries the places in the list are written, as ~place: they are to be moved to host memory afterwards. */
+ * list's entries the places in the list are written, as ~place: they are to be moved to host memory afterwards. Keys of
+ * a lane in an 8-bit format are what its codes and scales stand for. */
 int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                      const struct cluster_job *job) MUST_CHECK;
 /* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head (or, by query head,
@@ -81,14 +82,17 @@ int ops_heavy_decode(struct ops *o, struct tensor q, const int32_t *position, co
 /* ops_average_pool - y[r, j] = (x[r, j - width / 2] + ... + x[r, j + width / 2]) / width, columns outside x being 0.
  * y, x [rows, n] float32 that do not overlap, row strides free; width odd. */
 int ops_average_pool(struct ops *o, struct tensor y, struct tensor x, int width) MUST_CHECK;
-/* ops_page_bounds - least and largest of each channel over the keys of each page of n_lanes lanes of a slot, from
- * `lane` on. bounds [n_pages, 2, head_dim], dense, in the activation dtype: exact. */
+/* ops_page_bounds - least and largest of each channel over the keys of each page (struct page_pick) of n_lanes lanes of
+ * a slot, from `lane` on. bounds [n_pages, kv_picked_pages * 2, head_dim], dense, in the activation dtype: exact, or of
+ * lanes in an 8-bit format rounded. Of plain lanes that are about to be rewritten in kv.format they stand where the
+ * pages will be. */
 int ops_page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane,
                     int n_lanes) MUST_CHECK;
 /* ops_pick_pages - in a decode step, after kv_append: brings the bounds of each lane's last page up to date, ranks its
  * pages by the most that a key within the bounds could give to any query head of the group (sum over channels of
  * max(q * least, q * largest), unscaled), and lists the entries of the best limit[slot] pages, ascending. Equal scores:
- * the lower page wins. count -1 where that is the whole lane. Padding rows: count 0. */
+ * the lower page wins. count -1 where that is the whole lane, and for a lane of more than max_pages such pages. Padding
+ * rows: count 0. */
 int ops_pick_pages(struct ops *o, struct tensor q, const struct seq_batch *batch, const struct kv_view *kv,
                    const struct attention_heads *heads, const struct page_pick *pick) MUST_CHECK;
 /* ops_sum_fixed - sum[j] = the sum over the rows of x [rows, n] float32 of x[r, j] * scale, each rounded half to even

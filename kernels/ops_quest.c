@@ -8,7 +8,8 @@
 static int check_bounds(const char *op, const struct ops *o, struct tensor bounds, const struct kv_view *kv)
 {
     TRY(ops_check__kv(op, o, kv));
-    TRY(ops_check__tensor(op, "bounds", bounds, 1u << o->dtype, 3, kv->n_pages, 2, kv->head_dim));
+    TRY(ops_check__tensor(op, "bounds", bounds, 1u << o->dtype, 3, kv->n_pages, 2 * (int64_t)kv_picked_pages(kv),
+                          kv->head_dim));
     if (!tensor_is_dense(bounds)) FAIL(ERR_ARG, "%s: bounds are strided, expected dense", op);
     return OK;
 }

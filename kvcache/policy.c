@@ -76,13 +76,6 @@ int policy_find(const char *name, const struct policy_vt **out)
          nearest_name(name, names));
 }
 
-/* Whether decode steps read lanes by ops of the policy's own, which know the model's dtype alone. */
-static bool reads_lanes(const struct policy_vt *vt)
-{
-    if (vt == &policy_h2o || vt == &policy_pyramid_infer) return false; /* their ops know 8 bits */
-    return vt->decode_attention != NULL;
-}
-
 /* Whether what a policy evicts can be recalled: it is ClusterKV, evicts once, after the prompt, or never. */
 static bool can_recall(const struct policy_vt *vt)
 {
@@ -98,11 +91,6 @@ static int check_evicted(const struct policy_config *config, const struct policy
              "kv_cache.evicted: host is not served with kv_cache.policy %s, whose decode steps are its own; served are "
              "cluster_kv and the policies that evict once, after the prompt",
              vt->name);
-    if (kv_dtype_format(config->dtype) != KV_PLAIN)
-        FAIL(ERR_CONFIG,
-             "kv_cache.evicted: host with kv_cache.dtype %s: recall reads the model's dtype alone; set "
-             "kv_cache.dtype to auto",
-             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8");
     if (vt->open && config->cluster_kv.group == CLUSTER_KV_QUERY_HEAD)
         FAIL(ERR_CONFIG,
              "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head: tokens are recalled once for each KV "
@@ -114,11 +102,6 @@ int policy_check(const struct policy_config *config)
 {
     const struct policy_vt *vt;
     TRY(policy_find(config->policy, &vt));
-    if (kv_dtype_format(config->dtype) != KV_PLAIN && reads_lanes(vt))
-        FAIL(ERR_CONFIG,
-             "kv_cache.dtype %s with kv_cache.policy %s: that policy's decode steps read the model's dtype alone; set "
-             "kv_cache.dtype to auto, or another policy",
-             config->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name);
     return check_evicted(config, vt);
 }
 

@@ -268,9 +268,8 @@ struct policy {
 int policy_find(const char *name, const struct policy_vt **out) MUST_CHECK;
 const char *policy_name(int i);
 
-/* policy_check - whether the parts of a configuration go together: ERR_CONFIG for a name that is none, for a policy
- * that reads lanes in decode steps by its own ops where those lanes are stored in 8 bits, and for evicted tokens in
- * host memory that cannot be recalled. */
+/* policy_check - whether the parts of a configuration go together: ERR_CONFIG for a name that is none, and for
+ * evicted tokens in host memory that cannot be recalled. */
 int policy_check(const struct policy_config *config) MUST_CHECK;
 
 /* policy_open - opens the configured policy, placing its state in `arena` (measure or place). policy_close undoes it.

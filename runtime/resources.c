@@ -150,8 +150,11 @@ static int measure_policy(struct resources *r, const char *name, size_t length, 
     struct policy_config config = r->config.kv_cache;
     if (other) config.dtype = KV_DTYPE_AUTO; /* which of them go together is known when one is set */
     struct policy_env env = policy_env(r);
+    struct kv_view kv = r->kv;
     struct policy policy;
     struct arena arena;
+    if (r->quantises) kv.format = KV_INT8; /* in 8 bits, whichever, some keep more */
+    env.kv = &kv;
     snprintf(config.policy, sizeof config.policy, "%.*s", (int)length, name);
     arena_measure(&arena);
     int rc = policy_open(&policy, &config, &env, &arena);

@@ -157,8 +157,9 @@ static double read_per_step(const struct sequence *seq, const struct sequence_fa
     for (int l = 0; l < facts->n_layers; l++) kept += (double)seq->kept[l] / facts->n_layers;
     for (int i = 0; i + 1 < seq->n_tokens; i++) {
         const struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i);
-        sum += reads.tokens * (double)facts->kept_token_bytes + (double)reads.beside_bytes;
-        *recalled += reads.recalled * (double)facts->token_bytes;
+        const double far = reads.recalled * (double)facts->token_bytes; /* stays as it is */
+        sum += (reads.tokens - reads.recalled) * (double)facts->kept_token_bytes + far + (double)reads.beside_bytes;
+        *recalled += far;
     }
     *recalled /= seq->n_tokens - 1;
     return sum / (seq->n_tokens - 1);

@@ -68,7 +68,14 @@ static int run_length(const struct attend *a, int at, int end)
     return cpu__min(cpu__min(lane__code_tokens(a->kv) - at % lane__code_tokens(a->kv), end - at), WIDENED);
 }
 
-/* Key or value of a token of a plain lane, wherever it lies. */
+/* Whether a run's tokens are codes: those of a quantised lane, not what is listed of host memory or of recent places.
+ */
+static bool is_coded(const struct attend *a, int at)
+{
+    return a->format != KV_PLAIN && (!a->entry || (a->entry[at] >= 0 && a->entry[at] < RECENT_ENTRY));
+}
+
+/* Key or value of a token that is stored as it is, wherever it lies. */
 static const float *plain_row(const struct attend *a, int at, bool value)
 {
     const int entry = a->entry ? a->entry[at] : at, size = a->kv->page_size;
@@ -92,7 +99,7 @@ static const float *recent_of(const struct kv_view *kv, const struct kv_list *li
 static const float *read_run(const struct attend *a, int at, int n, bool values, const float **scale)
 {
     *scale = NULL;
-    if (a->format == KV_PLAIN) return plain_row(a, at, values);
+    if (!is_coded(a, at)) return plain_row(a, at, values);
     const int token = a->entry ? a->entry[at] : at;
     *scale = values ? lane__value_scale(a->kv, a->lane, token) : lane__key_scale(a->kv, a->lane, token);
     a->vector->widen_codes(a->wide,
@@ -104,7 +111,7 @@ static const float *read_run(const struct attend *a, int at, int n, bool values,
 /* Asks for the next run, at `at`, while one is used. */
 static void fetch_run(const struct attend *a, int at, int end, bool values)
 {
-    if (at >= end || a->format != KV_PLAIN) return;
+    if (at >= end || is_coded(a, at)) return;
     fetch_ahead(plain_row(a, at, values), (int64_t)run_length(a, at, end) * a->kv->head_dim);
 }
 

@@ -16,6 +16,7 @@ struct work {
     float *score;   /* [max_clusters] */
     int32_t *label; /* [max_entries] */
     int32_t *place; /* [max_clusters] */
+    float *key;     /* [head_dim] of a quantised lane */
 };
 
 static int place_work(struct arena *arena, int head_dim, int max_entries, int max_clusters, struct work *w)
@@ -24,6 +25,7 @@ static int place_work(struct arena *arena, int head_dim, int max_entries, int ma
     TRY(arena_take(arena, (size_t)max_clusters * (size_t)head_dim * sizeof *w->unit, label, &w->unit));
     TRY(arena_take(arena, (size_t)max_clusters * sizeof *w->score, label, &w->score));
     TRY(arena_take(arena, (size_t)max_clusters * sizeof *w->place, label, &w->place));
+    TRY(arena_take(arena, (size_t)head_dim * sizeof *w->key, label, &w->key));
     return arena_take(arena, (size_t)max_entries * sizeof *w->label, label, &w->label);
 }
 
@@ -50,10 +52,15 @@ struct lane_job {
     struct work work;
 };
 
-/* The key of the job's i-th entry. */
+/* The key of the job's i-th entry, until the next one is asked for. */
 static const float *key_of(const struct lane_job *a, int i)
 {
-    return lane__key(a->kv, a->lane, a->index ? a->index[i] : a->job->first_entry + i);
+    const int entry = a->index ? a->index[i] : a->job->first_entry + i, dim = a->kv->head_dim;
+    const enum kv_format format = lane__format(a->kv, a->lane);
+    if (format == KV_PLAIN) return lane__key(a->kv, a->lane, entry);
+    a->vector->widen_codes(a->work.key, lane__key_codes(a->kv, a->lane, entry), format == KV_FP8, dim);
+    a->vector->scale(a->work.key, *lane__key_scale(a->kv, a->lane, entry), dim);
+    return a->work.key;
 }
 
 /* The centres at length 1; a zero vector stays one. In double: equal directions get equal bits. */

@@ -1,27 +1,33 @@
-/* Pages of a lane, ranked by what a key within the page's bounds could give to the queries at hand. */
+/* Pages of a lane (struct page_pick), ranked by what a key within the page's bounds could give to the queries at hand.
+ */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/lane.h"
 #include "kernels/cpu/select.h"
+#include "kernels/quantise.h"
 
 /* Where a page of a lane has its bounds: the least of each channel, then the largest. */
 static float *bounds_of(struct tensor bounds, const struct kv_view *kv, int lane, int page)
 {
-    return cpu__row(bounds, lane__page_row(kv, lane)[page]);
+    const int each = kv_picked_pages(kv);
+    return cpu__row(bounds, lane__page_row(kv, lane)[page / each]) + (int64_t)(page % each) * 2 * kv->head_dim;
 }
 
 static void bound_page(struct tensor bounds, const struct kv_view *kv, int lane, int page)
 {
     const int dim = kv->head_dim, first = page * kv->page_size, n = cpu__min(kv->page_size, kv->lane_len[lane] - first);
-    const float *key = lane__page(kv, lane, page);
+    const enum kv_format format = lane__format(kv, lane);
     float *least = bounds_of(bounds, kv, lane, page), *largest = least + dim;
-    memcpy(least, key, (size_t)dim * sizeof *least);
-    memcpy(largest, key, (size_t)dim * sizeof *largest);
-    for (int i = 1; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        const bool plain = format == KV_PLAIN;
+        const float *key = plain ? lane__key(kv, lane, first + i) : NULL;
+        const uint8_t *code = plain ? NULL : lane__key_codes(kv, lane, first + i);
+        const float scale = plain ? 1 : *lane__key_scale(kv, lane, first + i);
         for (int d = 0; d < dim; d++) {
-            const float x = key[(int64_t)i * dim + d];
-            least[d] = x < least[d] ? x : least[d];
-            largest[d] = x > largest[d] ? x : largest[d];
+            const float x = plain ? key[d] : quantise_value(format, code[d]) * scale;
+            least[d] = i == 0 || x < least[d] ? x : least[d];
+            largest[d] = i == 0 || x > largest[d] ? x : largest[d];
         }
+    }
 }
 
 int cpu__page_bounds(struct ops *o, struct tensor bounds, const struct kv_view *kv, int slot, int lane, int n_lanes)
@@ -75,7 +81,7 @@ static void pick_lane(const float *q, const struct kv_view *kv, const struct att
     const int n = lane__pages(kv, length), limit = cpu__min(pick->limit[slot], pick->stride / kv->page_size);
     float *score = cpu__row(pick->score, i);
     pick->count[i] = -1;
-    if (limit <= 0 || n == 0) return;
+    if (limit <= 0 || n == 0 || n > kv->max_pages) return;
     bound_page(pick->bounds, kv, lane, n - 1);
     for (int page = 0; page < n; page++) {
         const float *least = bounds_of(pick->bounds, kv, lane, page);

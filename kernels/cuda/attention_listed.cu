@@ -9,54 +9,9 @@
  *
  * Where each query head has a list of its own, it is a group of one head: `head` of a piece and n_kv_heads of the
  * arguments then count query heads, of which lane_lists in a row have the same lane. */
-#include "kernels/cuda/attention_decode.cuh"
+#include "kernels/cuda/attention_listed.cuh"
 
-enum {
-    STEP = WARPS * TILE, /* entries that a block takes at once */
-    FEW_SEQUENCES = 16,  /* fewer: the device is filled by short pieces, and there is room for many */
-    WAVES = 4            /* of blocks that a launch is to have */
-};
-
-struct listed_arguments {
-    struct decode_arguments decode;
-    const int32_t *entry, *count;
-    int stride, list_piece, lane_piece, most_pieces;
-    int lane_lists;               /* lists of a lane: 1, or one for each of its query heads */
-    const int32_t *host_page_row; /* of negative entries' lanes, whose pages lie in host memory */
-    int64_t host_offset;          /* of that memory from the pool, bytes: one address space has both */
-    int host_max_pages;
-    int64_t recent_offset; /* the same of recent tokens' places */
-    int recent_first_lane, recent_lanes, recent_pages;
-};
-
-/* A piece in the terms of attention_decode.cuh, and its list (NULL: the lane from its first entry on). */
-struct listed_item {
-    struct decode_item item;
-    const int32_t *entry;
-    int recent_page; /* the lane's first one */
-};
-
-/* Entries of the block's list and how they are cut; 0 pieces: nothing to attend to. */
-__device__ static int find_list(const struct listed_arguments &a, struct listed_item *listed, int *length)
-{
-    const struct decode_arguments &d = a.decode;
-    struct decode_item *item = &listed->item;
-    item->head = (int)blockIdx.y, item->row = (int)blockIdx.z;
-    const int64_t list = (int64_t)item->row * d.n_kv_heads + item->head;
-    const int slot = d.slot[item->row], count = a.count[list];
-    *length = 0;
-    if (slot < 0 || slot >= d.kv.n_slots) return 0;
-    const int lane = d.lane + item->head / a.lane_lists;
-    item->lane = cache_lane(d.kv, slot, lane);
-    listed->entry = count < 0 ? NULL : a.entry + list * a.stride;
-    listed->recent_page = (slot * a.recent_lanes + lane - a.recent_first_lane) * a.recent_pages;
-    *length = count < 0 ? d.kv.lane_len[item->lane] : count < a.stride ? count : a.stride;
-    const int piece = count < 0 ? a.lane_piece : a.list_piece;
-    const int n = (*length + piece - 1) / piece, most = n < a.most_pieces ? n : a.most_pieces;
-    if (most <= 0) return 0;
-    const int tokens = piece_tokens(*length, most);
-    return (*length + tokens - 1) / tokens;
-}
+enum { FEW_SEQUENCES = 16 /* fewer: the device is filled by short pieces, and there is room for many */ };
 
 /* Where the key of this thread's entry begins, in bytes from the pool: threads 0 .. 15 have the warp's next tile, the
  * others the one after it. */
@@ -156,30 +111,14 @@ __global__ static void __launch_bounds__(WARPS * 32, PRODUCTS == 1 ? 3 : 2) list
 {
     enum { HALVES = (CHUNKS + 1) / 2 };
     extern __shared__ char shared[];
-    const struct decode_arguments &d = a.decode;
-    struct listed_item listed;
-    int length;
     let_successor_start();
     wait_for_predecessor();
-    struct decode_item *item = &listed.item;
-    item->n_splits = find_list(a, &listed, &length);
-    const int width = d.group * d.kv.head_dim, n_splits = item->n_splits;
-    if (n_splits == 0 && blockIdx.x == 0)
-        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x)
-            ((T *)d.out)[item->row * d.out_stride + (int64_t)item->head * width + i] = from_float<T>(0.0f);
-    if ((int)blockIdx.x >= n_splits) return;
-    const int tokens = piece_tokens(length, n_splits);
-    for (int split = (int)blockIdx.x; split < n_splits; split += (int)gridDim.x) {
-        struct gathered<HALVES, PRODUCTS> g;
-        item->split = split, item->at = item->row * a.most_pieces + split;
-        item->first = split * tokens;
-        item->end = length - item->first < tokens ? length : item->first + tokens;
-        uint4 q[PRODUCTS][CHUNKS]; /* anew for each piece: the end of one wants the registers */
-        load_queries<T, CHUNKS, PRODUCTS>(q, d, item->row, item->head);
-        begin_gathering<HALVES, PRODUCTS>(&g);
-        gather_listed<T, CHUNKS, EXACT, PRODUCTS>(&g, a, listed, q);
-        finish_item<T, HALVES, PRODUCTS>(d, (struct block_part *)shared, &g, *item, [] {});
-    }
+    attend_lists<T, HALVES, PRODUCTS>(
+        a, (struct block_part *)shared, [&](struct gathered<HALVES, PRODUCTS> *g, const struct listed_item &listed) {
+            uint4 q[PRODUCTS][CHUNKS]; /* anew for each piece: the end of one wants the registers */
+            load_queries<T, CHUNKS, PRODUCTS>(q, a.decode, listed.item.row, listed.item.head);
+            gather_listed<T, CHUNKS, EXACT, PRODUCTS>(g, a, listed, q);
+        });
 }
 
 /* ---- pieces ---- */
@@ -227,29 +166,14 @@ int cuda__listed_measure(const struct cuda *c, const struct ops_limits *limits, 
 
 /* ---- launches ---- */
 
-template <typename T, int CHUNKS, bool EXACT, int PRODUCTS>
-static int launch_listed(struct ops *o, const struct listed_arguments &a)
-{
-    const struct decode_arguments &d = a.decode;
-    void (*kernel)(struct listed_arguments) = listed_kernel<T, CHUNKS, EXACT, PRODUCTS>;
-    const size_t shared = block_part_bytes((CHUNKS + 1) / 2, d.group);
-    const int pieces = (a.stride + a.list_piece - 1) / a.list_piece, lanes = d.n_seqs * d.n_kv_heads;
-    const int wanted = (WAVES * 3 * cuda__of(o)->n_multiprocessors + lanes - 1) / lanes;
-    if (shared > 48 << 10)
-        CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    return cuda__launch(o, "attention_decode_listed", kernel,
-                        dim3((unsigned)(pieces < wanted ? pieces : wanted), (unsigned)d.n_kv_heads, (unsigned)d.n_seqs),
-                        dim3(WARPS * 32), shared, a);
-}
-
 template <typename T, int PRODUCTS> static int launch_for_dim(struct ops *o, const struct listed_arguments &a)
 {
     const int dim = a.decode.kv.head_dim;
-    if (dim == 128) return launch_listed<T, 4, true, PRODUCTS>(o, a);
-    if (dim == 64) return launch_listed<T, 2, true, PRODUCTS>(o, a);
-    if (dim <= 64) return launch_listed<T, 2, false, PRODUCTS>(o, a);
-    if (dim <= 96) return launch_listed<T, 3, false, PRODUCTS>(o, a);
-    return launch_listed<T, 4, false, PRODUCTS>(o, a);
+    if (dim == 128) return launch_lists(o, listed_kernel<T, 4, true, PRODUCTS>, a, 2);
+    if (dim == 64) return launch_lists(o, listed_kernel<T, 2, true, PRODUCTS>, a, 1);
+    if (dim <= 64) return launch_lists(o, listed_kernel<T, 2, false, PRODUCTS>, a, 1);
+    if (dim <= 96) return launch_lists(o, listed_kernel<T, 3, false, PRODUCTS>, a, 2);
+    return launch_lists(o, listed_kernel<T, 4, false, PRODUCTS>, a, 2);
 }
 
 static int check_listed(const struct cuda *c, struct tensor out, struct tensor q, const struct seq_batch *batch,
@@ -307,5 +231,7 @@ int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tenso
     d->counter_stride = c->limits.max_seqs;
     d->counter = c->counter;
     d->scale = heads->scale * 1.44269504088896f;
+    if (kv->format != KV_PLAIN && (list->host || list->recent)) return cuda__listed_mixed(o, q.dtype, a);
+    if (kv->format != KV_PLAIN) return cuda__listed_codes(o, q.dtype, a);
     WITH_TYPE(q.dtype, T, return d->group <= COLUMNS ? launch_for_dim<T, 1>(o, a) : launch_for_dim<T, 2>(o, a));
 }

@@ -6,8 +6,10 @@
  * scan, place: a stable counting sort of entries by label, in chunks. mean: a block a cluster adds its keys up in the
  * order of the sort. With a list each lane has its own numbers of entries and clusters, below the job's; what lies
  * beyond is not there. Counters are integers and sums have one order: the result depends on the keys and centres alone.
- */
+ * Of keys in 8 bits the codes are compared, for a key's length does not matter to its cosine; centres and means are of
+ * what codes and scales stand for. */
 #include "kernels/cuda/attention_instructions.cuh"
+#include "kernels/cuda/quantised.cuh"
 
 enum {
     WARP = 32,
@@ -46,10 +48,46 @@ __device__ static int clusters_of(const struct cluster_arguments &a, int lane)
     return a.job.index ? min(a.job.count[lane].n_clusters, a.job.n_clusters) : a.job.n_clusters;
 }
 
-__device__ static int64_t key_of(const struct cluster_arguments &a, int lane, int i)
+/* Where a key of the job is stored, and as what. */
+struct stored_key {
+    const void *at; /* its elements, or its codes */
+    float scale;    /* of codes */
+    enum kv_format format;
+};
+
+template <typename T> __device__ static struct stored_key find_key(const struct cluster_arguments &a, int lane, int i)
 {
     const int entry = a.job.index ? a.job.index[(int64_t)lane * a.job.index_stride + i] : a.job.first_entry + i;
-    return cache_key(a.kv, a.first_lane + lane, entry);
+    struct stored_key key = {NULL, 1, lane_format(a.kv, a.first_lane + lane)};
+    if (key.format == KV_PLAIN) {
+        key.at = (const T *)a.kv.pool.data + cache_key(a.kv, a.first_lane + lane, entry);
+        return key;
+    }
+    const int64_t row = code_row(a.kv, a.first_lane + lane, entry);
+    key.at = (const uint8_t *)a.kv.pool.data + row * a.kv.head_dim;
+    key.scale = a.kv.scale[row];
+    return key;
+}
+
+/* Elements d and d + 1, of codes without their scale; d is even. */
+template <typename T> __device__ static uint32_t key_pair(const struct stored_key &key, int d)
+{
+    if (key.format == KV_PLAIN) return *(const uint32_t *)((const T *)key.at + d);
+    const uint32_t code = *(const uint16_t *)((const uint8_t *)key.at + d);
+    return pack2<T>(quantise_value(key.format, (uint8_t)code), quantise_value(key.format, (uint8_t)(code >> 8)));
+}
+
+/* Elements d .. d + 7; d is a multiple of 8. */
+template <typename T> __device__ static void key_piece(const struct stored_key &key, int d, float *piece)
+{
+    if (key.format == KV_PLAIN) {
+        unpack8<T>(*(const uint4 *)((const T *)key.at + d), piece);
+        return;
+    }
+    const uint2 code = *(const uint2 *)((const uint8_t *)key.at + d);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        piece[j] = quantise_value(key.format, (uint8_t)((j < 4 ? code.x : code.y) >> j % 4 * 8)) * key.scale;
 }
 
 /* Stores a centre, thread d its dimension d (0 beyond the heads' dimensions): as it is, and at length 1 in two parts.
@@ -79,8 +117,13 @@ template <typename T> __global__ static void __launch_bounds__(WIDEST) start_ker
     if (cluster >= clusters_of(a, lane) || n_entries < 1) return;
     int i = a.job.centre[(int64_t)lane * a.job.n_clusters + cluster];
     i = i < 0 ? 0 : i < n_entries ? i : n_entries - 1;
-    const T *key = (const T *)a.kv.pool.data + key_of(a, lane, i);
-    store_centre<T>(a, lane, cluster, d < a.kv.head_dim ? to_float(key[d]) : 0);
+    const struct stored_key key = find_key<T>(a, lane, i);
+    float value = 0;
+    if (d < a.kv.head_dim) {
+        const float2 pair = unpack2<T>(key_pair<T>(key, d & ~1));
+        value = (d & 1 ? pair.y : pair.x) * key.scale;
+    }
+    store_centre<T>(a, lane, cluster, value);
 }
 
 /* ---- assign ---- */
@@ -91,15 +134,15 @@ __device__ static void load_keys(const struct cluster_arguments &a, int lane, in
                                  uint32_t (*fragment)[4])
 {
     const int thread = (int)threadIdx.x % WARP, low = first + thread / 4, high = low + 8, dim = a.kv.head_dim;
-    const T *pool = (const T *)a.kv.pool.data;
-    const T *key[2] = {low < n_entries ? pool + key_of(a, lane, low) : NULL,
-                       high < n_entries ? pool + key_of(a, lane, high) : NULL};
+    struct stored_key key[2] = {};
+    if (low < n_entries) key[0] = find_key<T>(a, lane, low);
+    if (high < n_entries) key[1] = find_key<T>(a, lane, high);
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int column = 16 * k + i / 2 * 8 + thread % 4 * 2;
-            fragment[k][i] = key[i % 2] && column < dim ? *(const uint32_t *)(key[i % 2] + column) : 0;
+            fragment[k][i] = key[i % 2].at && column < dim ? key_pair<T>(key[i % 2], column) : 0;
         }
 }
 
@@ -289,9 +332,9 @@ template <typename T> __global__ static void __launch_bounds__(MEAN_THREADS) mea
     if (8 * column < a.kv.head_dim)
 #pragma unroll 4
         for (int i = part; i < size; i += PARTS) {
-            const int64_t key = key_of(a, lane, a.job.index ? ~entry[i] : entry[i] - a.job.first_entry);
             float piece[8];
-            unpack8<T>(*(const uint4 *)((const T *)a.kv.pool.data + key + 8 * column), piece);
+            key_piece<T>(find_key<T>(a, lane, a.job.index ? ~entry[i] : entry[i] - a.job.first_entry), 8 * column,
+                         piece);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[j] += piece[j];
         }

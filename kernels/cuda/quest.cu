@@ -1,8 +1,9 @@
-/* Pages of a lane, ranked by what a key within the page's bounds could give to the queries at hand.
+/* Pages of a lane (struct page_pick), ranked by what a key within the page's bounds could give to the queries at hand.
  *
  * A warp takes a page, four channels a thread; the bounds of the lane's last page, which has just grown, are made anew
  * from its keys by the warp that ranks it. Then a block a list cuts off the best pages and writes their entries in
  * order. Lengths are read on the device: a step can be captured. */
+#include "kernels/cuda/quantised.cuh"
 #include "kernels/cuda/select.cuh"
 
 enum { PAGE_WARPS = 8, MOST_GROUP = 16, MOST_DIM = 128, BLOCKS_EACH = 8 /* of a multiprocessor */, LIST_THREADS = 256 };
@@ -32,23 +33,57 @@ template <typename T> __device__ static uint2 pack4(const float *in)
     return make_uint2(pack2<T>(in[0], in[1]), pack2<T>(in[2], in[3]));
 }
 
-/* The bounds of n_tokens keys of a page of the pool, kept in `bounds`; a warp. Threads past the head have none. */
-template <typename T>
-__device__ static void bound_page(struct channels *c, T *bounds, const struct kv_view &kv, int64_t page, int n_tokens)
+/* Where a page of a lane has its bounds, in elements: the least of each channel, then the largest. */
+__device__ static int64_t bounds_of(const struct kv_view &kv, int lane, int page)
 {
-    const int dim = kv.head_dim, at = 4 * ((int)threadIdx.x % 32);
-    if (at >= dim) return;
-    const T *key = (const T *)kv.pool.data + page * 2 * kv.page_size * dim + at;
-    for (int j = 0; j < 4; j++) c->least[j] = INFINITY, c->largest[j] = -INFINITY;
-#pragma unroll 4
-    for (int i = 0; i < n_tokens; i++) {
-        float x[4];
-        unpack4<T>(*(const uint2 *)(key + i * dim), x);
+    const int each = kv.format == KV_PLAIN ? 1 : code_tokens(kv) / kv.page_size;
+    const int64_t number = kv.page_row[(int64_t)lane * kv.max_pages + page / each];
+    return (number * each + page % each) * 2 * kv.head_dim;
+}
+
+/* Takes four channels of a key in. */
+__device__ static void widen_channels(struct channels *c, const float *x)
+{
 #pragma unroll
-        for (int j = 0; j < 4; j++) c->least[j] = fminf(c->least[j], x[j]), c->largest[j] = fmaxf(c->largest[j], x[j]);
+    for (int j = 0; j < 4; j++) c->least[j] = fminf(c->least[j], x[j]), c->largest[j] = fmaxf(c->largest[j], x[j]);
+}
+
+/* The bounds of the n_tokens keys of a page, kept in `bounds`; a warp. Threads past the head have none. */
+template <typename T>
+__device__ static void bound_page(struct channels *c, T *bounds, const struct kv_view &kv, int lane, int page,
+                                  int n_tokens)
+{
+    const int dim = kv.head_dim, at = 4 * ((int)threadIdx.x % 32), first = page * kv.page_size;
+    const enum kv_format format = lane_format(kv, lane);
+    if (at >= dim) return;
+    for (int j = 0; j < 4; j++) c->least[j] = INFINITY, c->largest[j] = -INFINITY;
+    if (format == KV_PLAIN) {
+        const T *key = (const T *)kv.pool.data + cache_key(kv, lane, first) + at;
+#pragma unroll 4
+        for (int i = 0; i < n_tokens; i++) {
+            float x[4];
+            unpack4<T>(*(const uint2 *)(key + i * dim), x);
+            widen_channels(c, x);
+        }
+    } else {
+        const int64_t row = code_row(kv, lane, first);
+        const uint8_t *code = (const uint8_t *)kv.pool.data + row * dim + at;
+#pragma unroll 4
+        for (int i = 0; i < n_tokens; i++) {
+            const uint32_t word = *(const uint32_t *)(code + i * dim);
+            const float scale = kv.scale[row + i];
+            float x[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j] = quantise_value(format, (uint8_t)(word >> 8 * j)) * scale;
+            widen_channels(c, x);
+        }
     }
-    *(uint2 *)(bounds + page * 2 * dim + at) = pack4<T>(c->least);
-    *(uint2 *)(bounds + (page * 2 + 1) * dim + at) = pack4<T>(c->largest);
+    T *to = bounds + bounds_of(kv, lane, page) + at;
+    const uint2 least = pack4<T>(c->least), largest = pack4<T>(c->largest);
+    *(uint2 *)to = least;
+    *(uint2 *)(to + dim) = largest;
+    unpack4<T>(least, c->least); /* as a later step will find them */
+    unpack4<T>(largest, c->largest);
 }
 
 __device__ static int pages_of(const struct kv_view &kv, int length)
@@ -63,11 +98,10 @@ __global__ static void __launch_bounds__(PAGE_WARPS * 32)
     let_successor_start();
     wait_for_predecessor();
     const int lane = first_lane + (int)blockIdx.y, length = kv.lane_len[lane], n = pages_of(kv, length);
-    const int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
     for (int page = (int)(blockIdx.x * PAGE_WARPS + threadIdx.x / 32); page < n; page += (int)gridDim.x * PAGE_WARPS) {
         struct channels c;
         const int left = length - page * kv.page_size;
-        bound_page<T>(&c, bounds, kv, row[page], left < kv.page_size ? left : kv.page_size);
+        bound_page<T>(&c, bounds, kv, lane, page, left < kv.page_size ? left : kv.page_size);
     }
 }
 
@@ -108,6 +142,7 @@ __device__ static bool find_wanted(const struct page_arguments &a, int row, int 
     w->length = a.kv.lane_len[w->lane];
     w->n = pages_of(a.kv, w->length);
     w->limit = a.pick.limit[slot] < most ? a.pick.limit[slot] : most;
+    if (w->n > a.kv.max_pages) w->limit = 0; /* more than scores have room for: read whole */
     return true;
 }
 
@@ -142,18 +177,17 @@ __global__ static void __launch_bounds__(PAGE_WARPS * 32) rank_pages_kernel(stru
     __syncthreads();
     T *bounds = (T *)a.pick.bounds.data;
     float *score = (float *)a.pick.score.data + ((int64_t)row * a.n_kv_heads + head) * a.kv.max_pages;
-    const int32_t *page_row = a.kv.page_row + (int64_t)w.lane * a.kv.max_pages;
     const int at = 4 * ((int)threadIdx.x % 32), step = (int)gridDim.x * PAGE_WARPS;
     for (int page = (int)(blockIdx.x * PAGE_WARPS + threadIdx.x / 32); page < w.n; page += step) {
         struct channels c = {};
-        const int64_t number = page_row[page];
         if (page == w.n - 1) {
-            bound_page<T>(&c, bounds, a.kv, number, w.length - page * a.kv.page_size);
+            bound_page<T>(&c, bounds, a.kv, w.lane, page, w.length - page * a.kv.page_size);
         } else if (w.limit >= w.n) { /* all are wanted: only bounds must stay up to date */
             continue;
         } else if (at < dim) {
-            unpack4<T>(*(const uint2 *)(bounds + number * 2 * dim + at), c.least);
-            unpack4<T>(*(const uint2 *)(bounds + (number * 2 + 1) * dim + at), c.largest);
+            const T *from = bounds + bounds_of(a.kv, w.lane, page) + at;
+            unpack4<T>(*(const uint2 *)from, c.least);
+            unpack4<T>(*(const uint2 *)(from + dim), c.largest);
         }
         const float best = rank_page(c, q, a.group, dim);
         if (at == 0) score[page] = best;

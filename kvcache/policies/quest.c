@@ -3,7 +3,8 @@
  * Of every page the least and the largest of each channel of its keys are kept. From them follows, for the query at
  * hand, the most that a key of the page could give; each KV head reads the pages with the highest such bound, taken
  * over the query heads of its group. The first layers read everything, as in the paper: their attention is spread. All
- * is local to a rank, and the newest page has no privilege. */
+ * is local to a rank, and the newest page has no privilege. Pages are kv_cache.page_size tokens also where lanes are
+ * kept in 8 bits; the prompt's bounds are those of its keys as they were, the others' of what the codes stand for. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -20,7 +21,8 @@ static int quest_open(struct policy *policy, struct arena *arena)
     if (!s) FAIL(ERR_NOMEM, "quest: out of memory");
     const int64_t lists = (int64_t)kv->n_slots * policy_most_kv_heads(env);
     s->pick.stride = kv->max_pages * kv->page_size;
-    struct tensor bounds = tensor_3d(NULL, env->ops->dtype, kv->n_pages, 2, kv->head_dim);
+    struct tensor bounds =
+        tensor_3d(NULL, env->ops->dtype, kv->n_pages, 2 * (int64_t)kv_picked_pages(kv), kv->head_dim);
     TRY(arena_tensor(arena, bounds, label, &s->pick.bounds));
     TRY(arena_tensor(arena, tensor_2d(NULL, DTYPE_F32, lists, kv->max_pages), label, &s->pick.score));
     TRY(arena_take(arena, (size_t)lists * (size_t)s->pick.stride * sizeof(int32_t), label, &s->pick.entry));

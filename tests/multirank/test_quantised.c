@@ -179,9 +179,10 @@ static void work_changes(struct service *s)
     set_dtype(s, KV_DTYPE_INT8);
     struct answer again = ask_one(s, 110);
     CHECK(answers_equal(&first, &again) && again.bytes_kept == fp8.bytes_kept);
-    strcpy(config.policy, "quest");
+    strcpy(config.policy, "h2o");
     config.dtype = KV_DTYPE_FP8;
-    CHECK_FAILS(engine_set_policy(s->engine, &config), ERR_CONFIG, "kv_cache.dtype fp8 with kv_cache.policy quest");
+    config.evicted = KV_EVICTED_HOST;
+    CHECK_FAILS(engine_set_policy(s->engine, &config), ERR_CONFIG, "is not served with kv_cache.policy h2o");
     struct answer *list[] = {&first, &plain, &fp8, &again};
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
     if (ranks.comm->size > 1) return;

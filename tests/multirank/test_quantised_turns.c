@@ -210,6 +210,8 @@ static void test_random_models(void)
     compare_ranks("gqa_tied", "snapkv", "fp8", "adaptive", "200");
     compare_ranks("heads_7", "h2o", "int8", "equal", "200");
     compare_ranks("heads_9", "pyramid_infer", "fp8", "equal", "200");
+    compare_ranks("heads_9", "quest", "int8", "equal", "200");
+    compare_ranks("heads_7", "cluster_kv", "fp8", "equal", "200");
 }
 
 int main(void)
