@@ -95,6 +95,11 @@ static int check_evicted(const struct policy_config *config, const struct policy
         FAIL(ERR_CONFIG,
              "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head: tokens are recalled once for each KV "
              "head; set kv_cache.cluster_kv.group to max or mean, or kv_cache.evicted to free");
+    if (vt->open && config->cluster_kv.single_text)
+        FAIL(ERR_CONFIG,
+             "kv_cache.cluster_kv.single_text %d with kv_cache.evicted: host, which clusters evicted tokens all "
+             "together; set one of them to 0 or free",
+             config->cluster_kv.single_text);
     return OK;
 }
 

@@ -97,6 +97,7 @@ struct cluster_kv_options {
     int window;             /* generated tokens that become clusters together; until then all are attended to, 320 */
     int window_clusters;    /* how many they become, 4 */
     int group;              /* enum cluster_kv_group: whose lists, by which scores of the query heads */
+    int single_text;        /* last text tokens of a prompt that are each a cluster of its own, 0 */
 };
 
 /* Options of Expected Attention. */
@@ -246,9 +247,9 @@ struct policy_vt {
     int (*decode_attention)(struct policy *policy, const struct policy_decode *in);
     /* After each decode step, outside of what is captured: slot [n] (host) has each got one more token. Collective. */
     int (*decode_end)(struct policy *policy, const int32_t *slot, int n);
-    /* What a decode step reads of a sequence, also of one that the policy does not run for: prompt_tokens and budget of
-     * `sequence` alone are looked at; `kept` tokens of the prompt stayed (mean over layers) and `before` followed
-     * before this step's own. Arithmetic on the host. Absent: the whole lanes. */
+    /* What a decode step reads of a sequence, also of one that the policy does not run for: prompt_tokens, images and
+     * budget of `sequence` alone are looked at; `kept` tokens of the prompt stayed (mean over layers) and `before`
+     * followed before this step's own. Arithmetic on the host. Absent: the whole lanes. */
     struct policy_reads (*reads)(const struct policy *policy, const struct policy_sequence *sequence, double kept,
                                  int before);
 };

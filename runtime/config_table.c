@@ -152,6 +152,8 @@ static const struct config_key table[] = {
            "clusters that they become"),
     CHOICE(CLUSTER_KV("group"), kv_cache.cluster_kv.group, "max", group_names, 0,
            "whose lists: a KV head's, by the largest or mean score of its query heads, or each query head's own"),
+    NUMBER(CLUSTER_KV("single_text"), CONFIG_INT, kv_cache.cluster_kv.single_text, "0", 0, 1024,
+           "last text tokens of a prompt, counted from its end, that are each a cluster of its own"),
     NUMBER(EXPECTED("sinks"), CONFIG_INT, kv_cache.expected_attention.sinks, "4", 0, 1 << 20,
            "first tokens of a prompt that stay, and whose queries do not count"),
     NUMBER(EXPECTED("future"), CONFIG_INT, kv_cache.expected_attention.future, "512", 1, 1 << 20,

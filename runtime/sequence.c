@@ -150,7 +150,10 @@ static int64_t host_bytes(const struct sequence *seq, const struct sequence_fact
  * memory. */
 static double read_per_step(const struct sequence *seq, const struct sequence_facts *facts, double *recalled)
 {
-    const struct policy_sequence asked = {.prompt_tokens = judged_tokens(seq), .budget = seq->request.budget};
+    const struct policy_sequence asked = {.prompt_tokens = judged_tokens(seq),
+                                          .n_spans = seq->request.n_images,
+                                          .spans = seq->request.spans,
+                                          .budget = seq->request.budget};
     double sum = 0, kept = 0;
     *recalled = 0;
     if (!seq->kept || seq->n_tokens < 2) return 0;

@@ -4,7 +4,8 @@
  * After the prompt each KV head of the layers from full_layers on clusters its keys, but for the first few (sinks);
  * every `window` generated tokens become clusters of their own. What is attended to leaves here as a struct kv_list, of
  * a KV head or of each query head: where the entries lie is not this file's business. KV heads are clustered one by one
- * and seeded by their number over all ranks, so nothing is said between ranks.
+ * and seeded by their number over all ranks, so nothing is said between ranks. A prompt's last text tokens may be
+ * clusters of one token each (single_text): a key of text that lies among those of image patches is lost in their mean.
  *
  * With kv_cache.evicted: host the prompt's clustered tokens lie in host memory and the lanes keep the sinks and what is
  * generated. What the lists then name is an entry of either. The same stands beside a policy that evicts: it clusters
@@ -69,12 +70,62 @@ int cluster_kv_count(const struct cluster_kv_options *options, int m, int n_keys
 }
 
 /* A prompt of m tokens and what is generated behind it: m / per + (max_context - m) / window * new is largest at one of
- * its ends; a short prompt has a cluster all the same. */
+ * its ends; a short prompt has a cluster all the same. Single tokens cut a prompt into at most one piece more than they
+ * are, each of which may be too short for the cluster that it gets. */
 int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_context)
 {
     int64_t prompt = max_context / options->tokens_per_cluster;
     int64_t generated = (int64_t)max_context * least(options->window_clusters, options->window) / options->window;
-    return least(max_context, (int)(prompt > generated ? prompt : generated) + 1);
+    int64_t singles = options->single_text ? 2 * (int64_t)options->single_text + 1 : 0;
+    return least(max_context, (int)((prompt > generated ? prompt : generated) + 1 + singles));
+}
+
+/* ---- a prompt's pieces ---- */
+
+/* Where the last `n` text tokens begin, at `first` or behind it. */
+static int singles_from(const struct policy_sequence *sequence, int first, int n)
+{
+    int at = sequence->prompt_tokens;
+    for (int i = sequence->n_spans; i >= 0 && at > first; i--) {
+        const int behind = i ? sequence->spans[i - 1].end : 0, start = behind > first ? behind : first;
+        if (at - start >= n) return at - n;
+        n -= at - start;
+        at = i ? sequence->spans[i - 1].start : first;
+    }
+    return first;
+}
+
+/* The end of what from `at` on is clustered together: all before `singles`, the first text token that is to be single;
+ * from there images that follow each other, and runs of single tokens. */
+static int piece_end(const struct policy_sequence *sequence, int at, int singles, bool *single)
+{
+    int end = at;
+    *single = false;
+    if (at < singles) return singles;
+    for (int i = 0; i < sequence->n_spans; i++) {
+        const struct image_span *span = &sequence->spans[i];
+        if (span->end <= end) continue;
+        if (span->start > end && end > at) return end;
+        *single = span->start > end;
+        if (*single) return span->start;
+        end = span->end;
+    }
+    *single = end == at;
+    return *single ? sequence->prompt_tokens : end;
+}
+
+/* How many clusters the next piece of a prompt becomes, of keys from *at on; *at moves behind it. */
+static struct cluster_count next_piece(const struct cluster_kv_options *options, const struct policy_sequence *sequence,
+                                       int *at)
+{
+    const int m = sequence->prompt_tokens, from = *at, n_single = options->single_text;
+    bool single = false;
+    if (!n_single)
+        *at = m;
+    else
+        *at = piece_end(sequence, from, singles_from(sequence, least(options->sinks, m), n_single), &single);
+    const int n = *at - from;
+    return (struct cluster_count){n, single ? n : cluster_kv_count(options, n_single ? n : m, n)};
 }
 
 /* ---- state ---- */
@@ -222,7 +273,7 @@ static int send_state(struct policy *policy, int slot)
 }
 
 /* The first centres of all lanes, n_clusters of each: lane i's first n[i].n_clusters among its n[i].n_entries entries
- * (n NULL: all lanes as `each`), the rest unused. block: 0 for the prompt, then 1, 2, ... */
+ * (n NULL: all lanes as `each`), the rest unused. block: 0 for the prompt (or its first piece), then 1, 2, ... */
 static int draw_centres(struct policy *policy, int slot, const struct cluster_count *n, struct cluster_count each,
                         int block)
 {
@@ -298,12 +349,15 @@ static int cluster_kv_begin(struct policy *policy, const struct policy_sequence 
     if (!s->slot || sequence->continues) return OK; /* a follow-up's tokens wait for their window like generated ones */
     if (policy->env.host && policy_runs(policy, sequence)) return OK; /* cluster_kv_take has begun it */
     const int m = sequence->prompt_tokens, first = least(options->sinks, m);
+    struct slot *own = &s->slot[sequence->slot];
     begin_slot(policy, sequence, first);
     if (policy->env.host) TRY(forget_recent(policy, sequence->slot));
-    if (s->slot[sequence->slot].runs && m > first) {
-        const struct cluster_count n = {m - first, cluster_kv_count(options, m, m - first)};
-        TRY(cluster_block(policy, sequence->slot, n, 0));
+    own->n_blocks = -1;
+    for (int at = first; own->runs && at < m;) {
+        const struct cluster_count n = next_piece(options, sequence, &at);
+        TRY(cluster_block(policy, sequence->slot, n, ++own->n_blocks));
     }
+    if (own->n_blocks < 0) own->n_blocks = 0; /* generated tokens begin with block 1 */
     return send_state(policy, sequence->slot);
 }
 
@@ -442,8 +496,9 @@ static struct policy_reads cluster_kv_reads(const struct policy *policy, const s
     const int m = sequence->prompt_tokens, budget = tokens_chosen(policy, sequence);
     const int keys = policy->beside ? m - (int)kept : m - least(options->sinks, m);
     const int blocks = policy->beside ? 0 : before / options->window, clustered = keys + blocks * options->window;
-    const int n_clusters =
-        (keys ? cluster_kv_count(options, m, keys) : 0) + blocks * least(options->window_clusters, options->window);
+    int n_clusters = blocks * least(options->window_clusters, options->window);
+    if (policy->env.host) n_clusters += keys ? cluster_kv_count(options, m, keys) : 0;
+    for (int at = m - keys; !policy->env.host && at < m;) n_clusters += next_piece(options, sequence, &at).n_clusters;
     /* Tokens that neither left nor are in clusters; kept is a mean over layers of which the first are whole. */
     const double lane = (policy->beside ? kept + keys : m) + before + 1, chosen = least(budget, clustered);
     const int full = least(options->full_layers, env->n_layers), layers = env->n_layers - full;

@@ -494,6 +494,116 @@ static void test_state(void)
     fixture_close(own.f);
 }
 
+/* ---- text tokens as clusters of their own ---- */
+
+/* The engine's likeness with so many single text tokens. */
+static void open_singles(struct engine_like *e, int single_text)
+{
+    *e = open_engine_like();
+    open_its_policy(e, CLUSTER_KV_MAX);
+    struct policy_config config = e->policy.config;
+    const struct policy_env env = e->policy.env;
+    struct arena arena;
+    config.cluster_kv.single_text = single_text;
+    policy_close(&e->policy);
+    arena_measure(&arena);
+    CHECK_OK(policy_open(&e->policy, &config, &env, &arena));
+    policy_close(&e->policy);
+    const size_t bytes = arena.used;
+    arena_init(&arena, fixture_take(e->f, bytes), bytes);
+    CHECK_OK(policy_open(&e->policy, &config, &env, &arena));
+}
+
+struct piece {
+    int first, end, n_clusters;
+};
+
+/* A prompt of 150 tokens with two images, cut into these pieces by so many single tokens: each piece's clusters hold
+ * its entries, single ones one each; then as many bytes are counted as there are centroids. */
+static void check_pieces(int single_text, const struct piece *piece, int n_pieces)
+{
+    struct engine_like e;
+    open_singles(&e, single_text);
+    static const struct image_span spans[] = {{20, 70}, {80, 140}};
+    const struct policy_sequence sequence = {
+        .slot = 1, .prompt_tokens = 150, .n_spans = 2, .spans = spans, .budget = {0.2, 0}, .seed = 5};
+    const int32_t slot = 1, cu[2] = {0, 150};
+    const struct seq_batch batch = {1, 150, &slot, cu, &slot, cu};
+    for (int l = 0; l < LAYERS; l++)
+        CHECK_OK(ops_kv_append(&e.f->ops, &e.kv, &e.layers[l].heads, fixture_3d(e.f, 150, KV_HEADS, DIM, 0),
+                               fixture_3d(e.f, 150, KV_HEADS, DIM, 0), &batch));
+    CHECK_OK(e.policy.vt->begin_decode(&e.policy, &sequence));
+    const struct kv_clusters *c = cluster_kv_clusters(&e.policy);
+    int n_clusters = 0;
+    for (int r = c->n_lanes; r < 2 * c->n_lanes; r++) {
+        const int32_t *entry = c->entry + (int64_t)r * c->max_entries, *size = c->size + r * c->max_clusters;
+        bool seen[150] = {false};
+        n_clusters = 0;
+        for (const struct piece *p = piece; p < piece + n_pieces; p++) {
+            const bool single = p->n_clusters == p->end - p->first;
+            int n = 0;
+            for (int i = 0; i < p->n_clusters; n += size[n_clusters + i++]) CHECK(!single || size[n_clusters + i] == 1);
+            CHECK(n == p->end - p->first);
+            for (; n > 0; n--, entry++) {
+                CHECK(*entry >= p->first && *entry < p->end && !seen[*entry]);
+                seen[*entry] = true;
+            }
+            n_clusters += p->n_clusters;
+        }
+        CHECK(c->state[r].n_clusters == n_clusters && c->state[r].first == 16 && c->state[r].end == 150);
+    }
+    const struct policy_reads reads = policy_step_reads(&e.policy, &sequence, 150, 0);
+    CHECK(reads.beside_bytes == 2 * KV_HEADS * (n_clusters * (DIM * 4 + 4) + 30 * 4));
+    policy_close(&e.policy);
+    fixture_close(e.f);
+}
+
+static void test_singles(void)
+{
+    check_pieces(0, (struct piece[]){{16, 150, 15}}, 1);
+    check_pieces(7, (struct piece[]){{16, 143, 12}, {143, 150, 7}}, 2);
+    check_pieces(14, (struct piece[]){{16, 76, 6}, {76, 80, 4}, {80, 140, 6}, {140, 150, 10}}, 4);
+    check_pieces(64, (struct piece[]){{16, 20, 4}, {20, 70, 5}, {70, 80, 10}, {80, 140, 6}, {140, 150, 10}}, 5);
+}
+
+/* A key that the query asks for, at the prompt's end: lost in the mean of an image's cluster, read where it is single.
+ * Of the clustered tokens one is read. */
+static void test_needle(void)
+{
+    for (int single_text = 0; single_text <= 1; single_text++) {
+        struct engine_like e;
+        open_singles(&e, single_text);
+        enum { M = 160 };
+        const struct attention_heads *heads = &e.layers[1].heads;
+        const int32_t slot = 0, cu[2] = {0, M};
+        const struct seq_batch batch = {1, M, &slot, cu, &slot, cu}, step = {.n_seqs = 1, .n_tokens = 1, .slot = &slot};
+        const struct policy_sequence sequence = {.prompt_tokens = M, .budget = {0, 1}, .seed = 5};
+        struct tensor k = fixture_3d(e.f, M, KV_HEADS, DIM, 0), q = fixture_3d(e.f, 1, KV_HEADS * GROUP, DIM, 0);
+        int32_t *entry = fixture_take(e.f, KV_HEADS * 256 * sizeof *entry), count[KV_HEADS];
+        float *key = k.data, *query = q.data;
+        /* the needle points where an earlier token does, and a little to where no other key does */
+        for (int i = 0; i < M * KV_HEADS; i++) key[i * DIM] = 4, key[i * DIM + 1] = 0;
+        for (int h = 0; h < KV_HEADS; h++) {
+            float *needle = key + ((M - 1) * KV_HEADS + h) * DIM;
+            memcpy(needle, key + (100 * KV_HEADS + h) * DIM, DIM * sizeof *needle);
+            needle[1] = 0.5f;
+        }
+        for (int i = 0; i < KV_HEADS * GROUP * DIM; i++) query[i] = i % DIM == 1 ? 8 : 0;
+        CHECK_OK(ops_kv_append(&e.f->ops, &e.kv, heads, k, fixture_3d(e.f, M, KV_HEADS, DIM, 0), &batch));
+        for (int l = 0; l < LAYERS; l += 2) CHECK_OK(ops_kv_append(&e.f->ops, &e.kv, &e.layers[l].heads, k, k, &batch));
+        CHECK_OK(e.policy.vt->begin_decode(&e.policy, &sequence));
+        CHECK_OK(ops_select_clusters(&e.f->ops, entry, count, 256, q, CLUSTER_KV_MAX, &step, &e.kv, heads,
+                                     cluster_kv_clusters(&e.policy)));
+        for (int h = 0; h < KV_HEADS; h++) {
+            CHECK(count[h] == 17);
+            CHECK(!single_text || entry[h * 256 + 16] == M - 1);
+            CHECK(single_text || entry[h * 256 + 16] != M - 1);
+        }
+        policy_close(&e.policy);
+        fixture_close(e.f);
+    }
+}
+
 static void test_limits(void)
 {
     struct engine_like e = open_engine_like();
@@ -519,6 +629,10 @@ static void test_limits(void)
     CHECK_FAILS(policy_check(&config), ERR_CONFIG, "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head");
     config.cluster_kv.tokens_per_cluster = 80;
     CHECK(cluster_kv_count(&config.cluster_kv, 600, 584) == 7 && cluster_kv_count(&config.cluster_kv, 33, 17) == 1);
+    config.evicted = KV_EVICTED_HOST;
+    CHECK_OK(policy_check(&config));
+    config.cluster_kv.single_text = 8;
+    CHECK_FAILS(policy_check(&config), ERR_CONFIG, "single_text 8 with kv_cache.evicted: host");
     policy_close(&e.policy);
     fixture_close(e.f);
 }
@@ -568,6 +682,8 @@ int main(void)
                                        {"generated tokens", test_decode},
                                        {"a batch of several lengths", test_batch},
                                        {"room for lists", test_state},
+                                       {"single text tokens", test_singles},
+                                       {"a single needle", test_needle},
                                        {"limits", test_limits},
                                        {"arguments", test_arguments},
                                        {0}};
