@@ -291,11 +291,12 @@ static int draw_centres(struct policy *policy, int slot, const struct cluster_co
                       (size_t)s->clusters.n_lanes * (size_t)each.n_clusters * sizeof *s->centre);
 }
 
-/* The next entries of all lanes, which are alike, become clusters. */
+/* The next entries of all lanes, which are alike, become clusters. Where each is one, the first round is the last. */
 static int cluster_block(struct policy *policy, int slot, struct cluster_count n, int block)
 {
     struct cluster_kv *s = policy->state;
     struct cluster_state *lane = lanes_of(s, slot);
+    const int iterations = n.n_clusters == n.n_entries ? 1 : policy->config.cluster_kv.iterations;
     if (!s->clusters.n_lanes) return OK;
     TRY(draw_centres(policy, slot, NULL, n, block));
     const struct cluster_job job = {.slot = slot,
@@ -304,7 +305,7 @@ static int cluster_block(struct policy *policy, int slot, struct cluster_count n
                                     .first_cluster = lane->n_clusters,
                                     .n_clusters = n.n_clusters,
                                     .first_place = lane->n_host + lane->end - lane->first,
-                                    .iterations = policy->config.cluster_kv.iterations,
+                                    .iterations = iterations,
                                     .centre = s->centre};
     TRY(ops_cluster_keys(policy->env.ops, policy->env.kv, &s->clusters, &job));
     for (int i = 0; i < s->clusters.n_lanes; i++) {

@@ -179,6 +179,7 @@ static void test_clusters(void)
     }
     compare_clusters(f, (struct shape){64, 1, 1, 0, 1, 1, 1});
     compare_clusters(f, (struct shape){64, 2, 1, 3, 40, 40, 2});
+    compare_clusters(f, (struct shape){64, 4, 2, 578, 9, 9, 1}); /* single tokens behind an image */
     if (f->effort > QUICK) {
         compare_clusters(f, (struct shape){64, 4, 8, 16, 584, 7, 1});
         compare_clusters(f, (struct shape){128, 8, 3, 16, 2864, 36, 1});
