@@ -624,13 +624,11 @@ static void test_limits(void)
     policy_close(&other);
     CHECK(cluster_kv_count(&config.cluster_kv, 600, 584) == 584);
     config.evicted = KV_EVICTED_HOST;
-    config.cluster_kv.group = CLUSTER_KV_MAX;
     CHECK_OK(policy_check(&config));
     config.cluster_kv.group = CLUSTER_KV_QUERY_HEAD;
     CHECK_FAILS(policy_check(&config), ERR_CONFIG, "kv_cache.evicted: host with kv_cache.cluster_kv.group query_head");
     config.cluster_kv.tokens_per_cluster = 80;
     CHECK(cluster_kv_count(&config.cluster_kv, 600, 584) == 7 && cluster_kv_count(&config.cluster_kv, 33, 17) == 1);
-    config.evicted = KV_EVICTED_HOST;
     config.cluster_kv.group = CLUSTER_KV_MAX;
     CHECK_OK(policy_check(&config));
     config.cluster_kv.single_text = 8;
