@@ -243,7 +243,7 @@ static void bench_linear(struct bench *b)
 
 static void measure_ceilings(struct bench *b)
 {
-    const struct ops_limits limits = {16384, 1, 1024, 8192, 1, BENCH_HEAD_DIM, 1024, 1};
+    const struct ops_limits limits = {16384, 1, 1024, 8192, 1, BENCH_HEAD_DIM, 1024, 1, false};
     bench_open(b, &limits);
     bench_demand(ops_ceilings(&b->ops, (size_t)2 << 30, &b->ceilings));
     bench_report(b, "machine", "ceilings", "gemm_tflops", b->ceilings.gemm_tflops, "gemv_gbs", b->ceilings.gemv_gbs,

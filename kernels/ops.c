@@ -361,7 +361,7 @@ int ops_decode_begin(struct ops *o, const struct seq_batch *batch, const struct 
 {
     TRY(ops_check__kv(__func__, o, kv));
     TRY(ops_check__batch(__func__, kv, batch, true));
-    return batch->n_seqs ? o->vt->decode_begin(o, batch, kv) : OK;
+    return batch->n_seqs ? o->vt->decode_begin(o, batch, kv, NULL) : OK;
 }
 
 static int attend(const char *op, struct ops *o, struct tensor out, struct tensor q, float *log_sum,

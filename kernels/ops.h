@@ -39,6 +39,7 @@ struct ops_limits {
     int max_heads, head_dim;
     int vocab_size;
     int max_lanes; /* lanes of a slot */
+    bool aged;     /* lanes in two parts are attended to (ops_aged.h) */
 };
 
 /* How a lane's keys and values are stored: in o->dtype, or as one byte an element with float32 scales of each token
@@ -340,10 +341,14 @@ struct ops_vt {
     int (*attention_prefill)(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                              const struct seq_batch *batch, const struct kv_view *kv,
                              const struct attention_heads *heads);
-    int (*decode_begin)(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
+    int (*decode_begin)(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv,
+                        const struct kv_view *aged); /* NULL: none */
     int (*attention_decode)(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
                             const struct seq_batch *batch, const struct kv_view *kv,
                             const struct attention_heads *heads); /* log_sum NULL: not wanted */
+    int (*attention_decode_aged)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                 const struct kv_view *kv, const struct kv_view *aged,
+                                 const struct attention_heads *heads);
     int (*attention_decode_listed)(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                    const struct kv_view *kv, const struct attention_heads *heads,
                                    const struct kv_list *list);
@@ -379,6 +384,7 @@ struct ops_vt {
                    int n_drops);
     int (*kv_quantise)(struct ops *o, const struct kv_view *kv, int slot);
     int (*kv_widen)(struct ops *o, const struct kv_view *kv, int slot);
+    int (*kv_age)(struct ops *o, const struct kv_view *kv, const struct kv_view *aged, int slot, int sinks, int window);
     int (*kv_release)(struct ops *o, const struct kv_view *kv, int slot);
     /* selection and sampling */
     int (*select_top)(struct ops *o, int32_t *index, int index_stride, struct tensor score, const int *k,
@@ -599,6 +605,7 @@ int ops_sampling_begin(struct ops *o, const struct sampling_state *state, int sl
 int ops_sampling_force(struct ops *o, const struct sampling_state *state, int slot, int n_prompt, const int32_t *tokens,
                        int n) MUST_CHECK;
 
+#include "kernels/ops_aged.h"
 #include "kernels/ops_policy.h"
 
 #endif

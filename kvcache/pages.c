@@ -2,8 +2,10 @@
 
 #include <stdlib.h>
 
+#include "kernels/ops.h"
+
 struct pages {
-    int n_ranks, n_layers, page_size, kept_page_size, n_slots;
+    int n_ranks, n_layers, page_size, kept_page_size, plain_tokens, n_slots;
     int *heads;        /* [n_ranks, n_layers] */
     int64_t total;     /* pages of every rank's pool */
     int64_t *free;     /* [n_ranks] */
@@ -46,7 +48,8 @@ void pages_close(struct pages *p)
 
 static int64_t pages_of(const struct pages *p, int length)
 {
-    return ((int64_t)length + p->page_size - 1) / p->page_size;
+    const int64_t pages = ((int64_t)length + p->page_size - 1) / p->page_size;
+    return pages + kv_age_pages(length, p->plain_tokens, p->page_size, p->kept_page_size);
 }
 
 static int64_t lanes_of(const struct pages *p, int rank)
@@ -75,7 +78,22 @@ bool pages_reserve(struct pages *p, int slot, int length)
     return true;
 }
 
-void pages_use_page_size(struct pages *p, int kept_page_size) { p->kept_page_size = kept_page_size; }
+void pages_use_storage(struct pages *p, int kept_page_size, int plain_tokens)
+{
+    p->kept_page_size = kept_page_size;
+    p->plain_tokens = plain_tokens;
+}
+
+/* The same of lanes in two parts: the plain one grows by a page before what exceeds it is rewritten. */
+static int64_t pages_in_parts(const struct pages *p, int64_t heads, int length, bool uneven)
+{
+    const int64_t size = p->kept_page_size, most = (int64_t)p->plain_tokens + p->page_size;
+    const int64_t plain = most < length || uneven ? most : length;
+    const int64_t codes = uneven ? length : length > p->plain_tokens ? length - p->plain_tokens : 0;
+    const int64_t waste = heads * (size - 1); /* a head has most of a page to spare */
+    return heads * ((plain + p->page_size - 1) / p->page_size) +
+           (uneven ? (heads * codes + waste) / size : heads * ((codes + size - 1) / size));
+}
 
 /* Pages of `size` tokens of `heads` lanes of `length` tokens each, or of as many tokens in uneven parts. */
 static int64_t pages_of_heads(int64_t size, int64_t heads, int length, bool uneven)
@@ -84,12 +102,16 @@ static int64_t pages_of_heads(int64_t size, int64_t heads, int length, bool unev
     return (heads * length + heads * (size - 1)) / size;
 }
 
-static void resize(struct pages *p, int slot, int page_size, const int *length, int extra, bool uneven)
+static void resize(struct pages *p, int slot, bool plain, const int *length, int extra, bool uneven)
 {
+    const int64_t size = plain ? p->page_size : p->kept_page_size;
     for (int r = 0; r < p->n_ranks; r++) {
         int64_t need = 0, *had = &p->reserved[slot * p->n_ranks + r];
-        for (int l = 0; l < p->n_layers; l++)
-            need += pages_of_heads(page_size, p->heads[r * p->n_layers + l], length[l] + extra, uneven);
+        for (int l = 0; l < p->n_layers; l++) {
+            const int64_t heads = p->heads[r * p->n_layers + l];
+            need += p->plain_tokens && !plain ? pages_in_parts(p, heads, length[l] + extra, uneven)
+                                              : pages_of_heads(size, heads, length[l] + extra, uneven);
+        }
         if (need > *had) need = *had;
         p->free[r] += *had - need;
         *had = need;
@@ -98,12 +120,12 @@ static void resize(struct pages *p, int slot, int page_size, const int *length, 
 
 void pages_resize(struct pages *p, int slot, const int *length, int extra, bool uneven)
 {
-    resize(p, slot, p->kept_page_size, length, extra, uneven);
+    resize(p, slot, false, length, extra, uneven);
 }
 
 void pages_resize_plain(struct pages *p, int slot, const int *length, int extra, bool uneven)
 {
-    resize(p, slot, p->page_size, length, extra, uneven);
+    resize(p, slot, true, length, extra, uneven);
 }
 
 void pages_release(struct pages *p, int slot)

@@ -32,9 +32,10 @@ void pages_resize(struct pages *pages, int slot, const int *length, int extra, b
 /* pages_resize_plain - the same for lanes that a prompt is still to come behind: in pages of a prompt's lanes. */
 void pages_resize_plain(struct pages *pages, int slot, const int *length, int extra, bool uneven);
 
-/* pages_use_page_size - tokens of a page of lanes whose prompt has ended, where not those of a prompt's: pages_resize
- * counts by it. With no slot reserved. */
-void pages_use_page_size(struct pages *pages, int kept_page_size);
+/* pages_use_storage - how lanes are stored whose prompt has ended, where not as a prompt's: tokens of a page, by which
+ * pages_resize counts, and how many tokens of a lane stay as they were (ops_aged.h; 0: none), for which pages_reserve
+ * adds what a lane takes more while it is rewritten. With no slot reserved. */
+void pages_use_storage(struct pages *pages, int kept_page_size, int plain_tokens);
 
 /* pages_release - gives a slot's reservation back. pages_free - of the rank that has the fewest. */
 void pages_release(struct pages *pages, int slot);

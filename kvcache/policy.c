@@ -103,10 +103,30 @@ static int check_evicted(const struct policy_config *config, const struct policy
     return OK;
 }
 
+/* Lanes in two parts are read by the model's decode attention alone. */
+static int check_plain(const struct policy_config *config, const struct policy_vt *vt)
+{
+    const bool own =
+        vt == &policy_pyramid_infer ? config->pyramid_infer.generation_block > 0 : vt->decode_attention != NULL;
+    if (!kv_plain_tokens(config)) return OK;
+    if (own)
+        FAIL(ERR_CONFIG,
+             "kv_cache.plain_sinks, kv_cache.plain_window with kv_cache.policy %s: that policy's decode steps read "
+             "lanes of one dtype; set both to 0, %s",
+             vt->name,
+             vt == &policy_pyramid_infer ? "or kv_cache.pyramid_infer.generation_block to 0" : "or another policy");
+    if (config->evicted == KV_EVICTED_HOST)
+        FAIL(ERR_CONFIG,
+             "kv_cache.plain_sinks, kv_cache.plain_window with kv_cache.evicted host: recall reads lanes of "
+             "one dtype; set both to 0");
+    return OK;
+}
+
 int policy_check(const struct policy_config *config)
 {
     const struct policy_vt *vt;
     TRY(policy_find(config->policy, &vt));
+    TRY(check_plain(config, vt));
     return check_evicted(config, vt);
 }
 

@@ -122,6 +122,7 @@ struct policy_config {
     char policy[32]; /* name in the registry */
     struct kv_budget budget;
     int dtype;                      /* enum kv_dtype */
+    int plain_sinks, plain_window;  /* of a lane in 8 bits: first and newest entries that are stored as activations */
     int evicted;                    /* enum kv_evicted */
     struct kv_budget recall_budget; /* of a policy that evicts: how much of a prompt a decode step recalls */
     int recall_cache_steps;         /* recalled tokens of so many steps stay on the device; 0: none */
@@ -138,6 +139,13 @@ struct policy_config {
     struct expected_attention_options expected_attention;
 };
 
+/* kv_plain_tokens - entries of a lane that stay plain where the others are stored in 8 bits; 0: all are stored alike.
+ */
+static inline int kv_plain_tokens(const struct policy_config *config)
+{
+    return kv_dtype_format(config->dtype) == KV_PLAIN ? 0 : config->plain_sinks + config->plain_window;
+}
+
 /* This rank's share of one layer. */
 struct policy_layer {
     struct attention_heads heads;
@@ -151,6 +159,7 @@ struct policy_env {
     struct comm *comm; /* for policy_sum_counts and policy_sum_scores alone */
     const struct kv_view *kv;
     const struct kv_view *host;        /* the evicted tokens' lanes, in host memory; NULL: there is none */
+    const struct kv_view *aged;        /* the other part of lanes that are stored in two (ops_aged.h); NULL: in one */
     const struct policy_layer *layers; /* [n_layers] */
     int n_layers;
     const float *inverse_frequency; /* [head_dim / 2] device, of the queries' and keys' rotation; NULL: not rotated */

@@ -29,6 +29,7 @@ struct model {
     int32_t *host_index;      /* [T] scratch for indices on their way up */
     int32_t *host_slot;       /* [S] the same for slots */
     int32_t *host_cu_seqlens; /* [2, S + 1] rows of a step's prompts before and after some leave */
+    int *n_recent;            /* [S] tokens appended to a slot's lanes since they last aged, where they do */
     int n_rows;
     void (*watch)(void *arg, struct tensor logits);
     void *watch_arg;
@@ -63,7 +64,8 @@ int model_open(const struct model_dims *dims, const struct model_options *option
     m->host_index = calloc((size_t)m->n_rows, sizeof *m->host_index);
     m->host_slot = calloc((size_t)options->max_seqs, sizeof *m->host_slot);
     m->host_cu_seqlens = calloc(2 * ((size_t)options->max_seqs + 1), sizeof *m->host_cu_seqlens);
-    if (!m->host_index || !m->host_slot || !m->host_cu_seqlens) FAIL(ERR_NOMEM, "model: out of memory");
+    m->n_recent = calloc((size_t)options->max_seqs, sizeof *m->n_recent);
+    if (!m->host_index || !m->host_slot || !m->host_cu_seqlens || !m->n_recent) FAIL(ERR_NOMEM, "model: out of memory");
     m->vision =
         (struct vision){.dims = &m->dims, .weights = &m->weights, .tp = &m->tp, .max_images = options->max_images};
     memcpy(m->vision.scale, options->pixel_scale, sizeof m->vision.scale);
@@ -80,6 +82,7 @@ void model_close(struct model *m)
     free(m->host_index);
     free(m->host_slot);
     free(m->host_cu_seqlens);
+    free(m->n_recent);
     free(m);
 }
 
@@ -112,7 +115,8 @@ struct ops_limits model_limits(const struct model *m)
                                 .max_heads = d->n_heads,
                                 .head_dim = d->head_dim,
                                 .vocab_size = d->vocab_size,
-                                .max_lanes = m->weights.lanes};
+                                .max_lanes = m->weights.lanes,
+                                .aged = m->options.aged};
     if (d->family != MODEL_LLAVA) return limits;
     const struct vision_dims *v = &d->vision;
     limits.max_tokens = max_int(limits.max_tokens, v->n_patches + 1);
@@ -378,6 +382,14 @@ static int narrow(struct model *m, struct policy *policy, int layer, struct pref
     return OK;
 }
 
+/* What of a slot's lanes exceeds the tokens that stay plain goes to their other part. */
+static int age(struct model *m, const struct policy *policy, const struct kv_view *kv, int slot)
+{
+    const struct policy_config *config = &policy->config;
+    m->n_recent[slot] = 0;
+    return ops_kv_age(m->ops, kv, policy->env.aged, slot, config->plain_sinks, config->plain_window);
+}
+
 /* Keeps what the policy decides of one prompt's lanes; k [n_layers] out. */
 static int compress(struct model *m, const struct policy_sequence *sequence, struct policy *policy,
                     const struct kv_view *kv, int *k)
@@ -391,6 +403,7 @@ static int compress(struct model *m, const struct policy_sequence *sequence, str
     }
     struct policy *decoder = policy_decoder(policy);
     if (decoder->vt->begin_decode) TRY(decoder->vt->begin_decode(decoder, sequence));
+    if (policy->env.aged) return age(m, policy, kv, sequence->slot);
     return kv->format == KV_PLAIN ? OK : ops_kv_quantise(m->ops, kv, sequence->slot);
 }
 
@@ -490,8 +503,12 @@ static int attend(const struct decode_step *step, int layer, const struct attent
     struct policy_decode in = {
         .layer = layer, .out = a->out, .q = a->q, .batch = batch, .position = step->model->position};
     struct policy *decoder = policy_decoder(step->policy);
+    struct ops *ops = step->model->ops;
+    const struct attention_heads *heads = &step->model->layers[layer].heads;
+    const struct kv_view *aged = step->policy->env.aged;
+    if (aged) return ops_attention_decode_aged(ops, a->out, a->q, batch, step->kv, aged, heads);
     if (decoder->vt->decode_attention) return decoder->vt->decode_attention(decoder, &in);
-    return ops_attention_decode(step->model->ops, a->out, a->q, batch, step->kv, &step->model->layers[layer].heads);
+    return ops_attention_decode(ops, a->out, a->q, batch, step->kv, heads);
 }
 
 /* Everything of a decode step that runs on the device: what a graph captures. */
@@ -501,7 +518,11 @@ static int decode_body(void *arg)
     struct model *m = step->model;
     struct seq_batch batch = {.n_seqs = step->n, .n_tokens = step->n, .slot = m->slot};
     TRY(ops_decode_inputs(m->ops, m->ids, m->position, m->slot, step->n, step->sampling));
-    TRY(ops_decode_begin(m->ops, &batch, step->kv));
+    const struct kv_view *aged = step->policy->env.aged;
+    if (aged)
+        TRY(ops_decode_begin_aged(m->ops, &batch, step->kv, aged));
+    else
+        TRY(ops_decode_begin(m->ops, &batch, step->kv));
     TRY(tp_embed(&m->tp, tensor_rows(m->x, 0, step->n), &m->weights, m->ids));
     TRY(first_norm(m, step->n));
     for (int l = 0; l < m->dims.n_layers; l++) {
@@ -535,6 +556,8 @@ int model_decode(struct model *m, const int32_t *slot, int n, const struct kv_vi
                  const struct sampling_state *sampling)
 {
     TRY(decode_rows(m, slot, n, bucket_of(m, n), kv, policy, sampling));
+    for (int i = 0; i < n && policy->env.aged; i++)
+        if (slot[i] >= 0 && ++m->n_recent[slot[i]] >= kv->page_size) TRY(age(m, policy, kv, slot[i]));
     struct policy *decoder = policy_decoder(policy);
     return decoder->vt->decode_end ? decoder->vt->decode_end(decoder, slot, n) : OK;
 }

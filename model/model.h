@@ -21,6 +21,7 @@ struct model_options {
     int max_seqs;            /* sequences of one step */
     int max_context;         /* tokens of one sequence */
     int max_images;          /* images of one step */
+    bool aged;               /* lanes may be stored in two parts */
     enum dtype weight_dtype; /* of matrices; DTYPE_N: as in the checkpoint */
     float pixel_scale[3], pixel_shift[3];
 };

@@ -65,6 +65,11 @@ static const struct config_key table[] = {
         .help = "how much of a prompt is KEPT: a share (0.1 = 10%; 1 = all), or a number of tokens (64t)"),
     CHOICE("kv_cache.dtype", kv_cache.dtype, "auto", kv_dtype_names, 4,
            "dtype of keys and values in the cache, once a prompt has ended; auto: the activations'"),
+    NUMBER("kv_cache.plain_sinks", CONFIG_INT, kv_cache.plain_sinks, "0", 0, 1 << 20,
+           "dtype fp8 and int8: first tokens of each lane that stay in the activations' dtype"),
+    NUMBER(
+        "kv_cache.plain_window", CONFIG_INT, kv_cache.plain_window, "0", 0, 1 << 20,
+        "dtype fp8 and int8: newest tokens of each lane, generated ones included, that stay in the activations' dtype"),
     NUMBER("kv_cache.page_size", CONFIG_INT, kv_page_size, "16", 16, 16, "tokens of a page; this build serves 16"),
     CHOICE("kv_cache.heads", kv_cache.heads, "equal", heads_names, 0,
            "how a layer's budget is split over its KV heads: alike, or by Ada-KV's competition of their scores"),

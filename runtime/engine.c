@@ -20,7 +20,8 @@ static void use_policy(struct engine *e)
 {
     const struct resources *r = &e->resources;
     scheduler_use_policy(e->scheduler, &r->policy);
-    scheduler_use_storage(e->scheduler, kv_page_tokens(&r->kv, r->kv.format), resources_kept_token_bytes(r));
+    scheduler_use_storage(e->scheduler, kv_page_tokens(&r->kv, resources_format(r)), resources_kept_token_bytes(r),
+                          kv_plain_tokens(&r->config.kv_cache));
 }
 
 static int open_phases(struct engine *e, const struct config *config, struct checkpoint **checkpoint)
@@ -104,6 +105,9 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
              "a follow-up would be read over the cache's part on the device alone: kv_cache.evicted: host "
              "with kv_cache.policy %s serves single turns",
              policy->vt->name);
+    if (request->n_followup && policy->env.aged)
+        FAIL(ERR_REQUEST, "a follow-up is read over the lanes of what came before, which kv_cache.plain_sinks and "
+                          "kv_cache.plain_window store in two parts: follow-ups are served with both 0");
     if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
         judging = policy_judging_rows(policy, &sequence);
         if (policy->vt->whole_prompt) judging = request->n_ids;

@@ -130,6 +130,7 @@ static int compare_ranks(struct engine *e)
 static int release(struct engine *e, int slot)
 {
     TRY(ops_kv_release(&e->ops, &e->resources.kv, slot));
+    if (e->resources.ages) TRY(ops_kv_release(&e->ops, &e->resources.aged, slot));
     return resources_keeps_evicted(&e->resources) ? ops_kv_release(&e->ops, &e->resources.host, slot) : OK;
 }
 

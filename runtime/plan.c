@@ -47,7 +47,10 @@ static void add_row(struct memory_plan *plan, const char *label, size_t bytes)
 /* Pages of max_num_seqs sequences of max_model_len tokens on this rank: more are never used. */
 static int64_t most_pages(const struct resources *r)
 {
-    return (int64_t)r->kv.n_slots * r->kv.lanes_per_slot * r->kv.max_pages;
+    const struct policy_config *kv = &r->config.kv_cache;
+    const int plain = r->ages ? kv->plain_sinks + kv->plain_window : 0, code_tokens = kv_page_tokens(&r->kv, KV_INT8);
+    const int while_ageing = kv_age_pages(r->config.max_model_len, plain, r->kv.page_size, code_tokens);
+    return (int64_t)r->kv.n_slots * r->kv.lanes_per_slot * (r->kv.max_pages + while_ageing);
 }
 
 /* What this rank may take: of a GPU its share of all memory, less what is taken; of a host, divided by its ranks. */
@@ -152,17 +155,17 @@ int plan_measure(struct resources *r, const struct checkpoint *checkpoint, int64
 
 static double mib(size_t bytes) { return (double)bytes / 1048576.0; }
 
-/* Sequences of `tokens` in every layer that a pool holds at once, in pages of so many. */
-static int64_t sequences_of(const struct memory_plan *plan, int64_t n_pages, int page_tokens, int tokens)
+/* Sequences that a pool holds at once where a lane takes so many pages. */
+static int64_t sequences_of(const struct memory_plan *plan, int64_t n_pages, int64_t lane_pages)
 {
-    int64_t pages = (int64_t)plan->lanes * ((tokens + page_tokens - 1) / page_tokens);
+    int64_t pages = plan->lanes * lane_pages;
     return pages ? n_pages / pages : 0;
 }
 
 /* Those of the KV pool, as the configured dtype stores them. */
 static int64_t sequences(const struct memory_plan *plan, const struct resources *r, int tokens)
 {
-    return sequences_of(plan, plan->n_pages, kv_page_tokens(&r->kv, r->kv.format), tokens);
+    return sequences_of(plan, plan->n_pages, resources_lane_pages(r, tokens));
 }
 
 /* Tokens that the configured policy keeps of a prompt of max_model_len. */
@@ -183,7 +186,7 @@ void plan_print_table(const struct memory_plan *plan, const struct resources *r,
     if (plan->available) fprintf(out, " of %.1f MiB available", mib(plan->available));
     int most = r->config.max_model_len, kept = kept_tokens(r);
     fprintf(out, "\n  KV pool: %" PRId64 " pages of %d tokens hold %" PRId64 " sequences of %d tokens", plan->n_pages,
-            kv_page_tokens(&r->kv, r->kv.format), sequences(plan, r, most), most);
+            kv_page_tokens(&r->kv, resources_format(r)), sequences(plan, r, most), most);
     if (kept < most)
         fprintf(out, "; %" PRId64 " once %s has kept %d of them", sequences(plan, r, kept), r->config.kv_cache.policy,
                 kept);
@@ -193,7 +196,7 @@ void plan_print_table(const struct memory_plan *plan, const struct resources *r,
                 "  evicted tokens: %.1f MiB of host memory, %" PRId64 " pages hold %" PRId64
                 " sequences of %d tokens\n",
                 mib(plan->host_bytes), plan->n_host_pages,
-                sequences_of(plan, plan->n_host_pages, r->host.page_size, most), most);
+                sequences_of(plan, plan->n_host_pages, (most + r->host.page_size - 1) / r->host.page_size), most);
 }
 
 static void print_json(const struct memory_plan *plan, const struct resources *r, FILE *out)

@@ -18,10 +18,23 @@ size_t resources_scale_bytes(const struct resources *r)
     return r->quantises ? 2 * (size_t)kv_page_tokens(&r->kv, KV_INT8) * sizeof(float) : 0;
 }
 
+enum kv_format resources_format(const struct resources *r) { return kv_dtype_format(r->config.kv_cache.dtype); }
+
+static int64_t pages_of(int64_t tokens, int page_tokens) { return (tokens + page_tokens - 1) / page_tokens; }
+
+int64_t resources_lane_pages(const struct resources *r, int tokens)
+{
+    const int plain = kv_plain_tokens(&r->config.kv_cache), most = plain + r->kv.page_size;
+    const int code_tokens = kv_page_tokens(&r->kv, resources_format(r));
+    if (!plain) return pages_of(tokens, code_tokens);
+    return pages_of(tokens < most ? tokens : most, r->kv.page_size) +
+           (tokens > plain ? pages_of(tokens - plain, code_tokens) : 0);
+}
+
 int64_t resources_kept_token_bytes(const struct resources *r)
 {
     const struct model_dims *dims = &r->dims;
-    if (r->kv.format == KV_PLAIN) return resources_token_bytes(dims, r->ops->dtype);
+    if (resources_format(r) == KV_PLAIN) return resources_token_bytes(dims, r->ops->dtype);
     return 2 * (int64_t)dims->n_layers * dims->n_kv_heads * (dims->head_dim + (int64_t)sizeof(float));
 }
 
@@ -93,6 +106,16 @@ int resources_use_dtype(const struct config *config, const struct model_dims *di
     return ops_use_dtype(ops, wanted != DTYPE_N ? wanted : dims->dtype);
 }
 
+/* Lanes to come are plain, or in 8 bits, or in two parts; others know how they are stored. True where that changed. */
+static bool use_format(struct resources *r, const struct policy_config *config)
+{
+    const enum kv_format kv = r->kv.format, aged = r->aged.format, format = kv_dtype_format(config->dtype);
+    const bool parts = kv_plain_tokens(config) > 0;
+    r->kv.format = parts ? KV_PLAIN : format;
+    r->aged.format = parts ? format : KV_PLAIN;
+    return r->kv.format != kv || r->aged.format != aged;
+}
+
 int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
                    struct resources *r)
 {
@@ -102,10 +125,14 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
     r->ops = ops;
     r->comm = comm;
     TRY(resolve_limits(&r->config, dims));
+    r->quantises = kv_dtype_format(config->kv_cache.dtype) != KV_PLAIN || strstr(config->other_dtypes, "fp8") ||
+                   strstr(config->other_dtypes, "int8");
+    r->ages = r->quantises && config->kv_cache.plain_sinks + config->kv_cache.plain_window > 0;
     struct model_options options = {.max_tokens = r->config.max_num_batched_tokens,
                                     .max_seqs = r->config.max_num_seqs,
                                     .max_context = r->config.max_model_len,
                                     .max_images = resources_max_images(&r->config, dims),
+                                    .aged = r->ages,
                                     /* A GPU multiplies weights and activations of one dtype. */
                                     .weight_dtype = ops->dtype == DTYPE_F32 ? weight_dtype(config) : ops->dtype};
     if (dims->family == MODEL_LLAVA) TRY(find_pixel_scale(r, &options));
@@ -114,13 +141,10 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
                              .head_dim = dims->head_dim,
                              .max_pages = (r->config.max_model_len + r->config.kv_page_size) / r->config.kv_page_size,
                              .lanes_per_slot = model_lanes(r->model),
-                             .n_slots = r->config.max_num_seqs,
-                             .format = kv_dtype_format(config->kv_cache.dtype)};
+                             .n_slots = r->config.max_num_seqs};
     r->kv.pool.dtype = ops->dtype;
-    r->quantises =
-        r->kv.format != KV_PLAIN || strstr(config->other_dtypes, "fp8") || strstr(config->other_dtypes, "int8");
     r->host = r->kv;
-    r->host.format = KV_PLAIN;
+    use_format(r, &config->kv_cache);
     return OK;
 }
 
@@ -137,6 +161,7 @@ static struct policy_env policy_env(const struct resources *r)
                                .comm = r->comm,
                                .kv = &r->kv,
                                .host = resources_keeps_evicted(r) ? &r->host : NULL,
+                               .aged = r->aged.format != KV_PLAIN ? &r->aged : NULL,
                                .layers = model_layers(r->model),
                                .n_layers = r->dims.n_layers,
                                .inverse_frequency = model_inverse_frequency(r->model),
@@ -206,6 +231,20 @@ static int place_kv(struct resources *r, struct arena *arena, int64_t n_pages)
                         "KV pages", &kv->pool);
 }
 
+/* The same pages in other lanes. */
+static int place_aged(struct resources *r, struct arena *arena)
+{
+    const enum kv_format format = r->aged.format;
+    struct kv_view *aged = &r->aged;
+    *aged = r->kv;
+    aged->format = format;
+    if (!r->ages) return OK;
+    const size_t lanes = (size_t)aged->n_slots * (size_t)aged->lanes_per_slot;
+    TRY(arena_take(arena, lanes * (size_t)aged->max_pages * sizeof(int32_t), tables_label, &aged->page_row));
+    TRY(arena_take(arena, lanes * sizeof(int32_t), tables_label, &aged->lane_len));
+    return arena_take(arena, lanes * sizeof(int32_t), tables_label, &aged->lane_format);
+}
+
 /* The same tables for pages that lie elsewhere. An error there is one of the cache. */
 static int place_host(struct resources *r, struct arena *arena, int64_t n_pages)
 {
@@ -258,6 +297,7 @@ int resources_place(struct resources *r, struct arena *arena, const struct check
     TRY(measure_policies(r));
     TRY(arena_take(arena, r->policy_bytes, "policy state", &r->policy_memory));
     TRY(place_kv(r, arena, n_pages));
+    TRY(place_aged(r, arena));
     return place_host(r, arena, n_host_pages);
 }
 
@@ -266,6 +306,9 @@ int resources_check_policy(const struct resources *r, const struct policy_config
     TRY(policy_check(config));
     if (kv_dtype_format(config->dtype) != KV_PLAIN && !r->quantises)
         FAIL(ERR_CONFIG, "kv_cache.dtype: the cache has no room for scales; set fp8 or int8 when the engine starts");
+    if (kv_plain_tokens(config) > 0 && !r->ages)
+        FAIL(ERR_CONFIG, "kv_cache.plain_sinks, kv_cache.plain_window: the cache has no tables for lanes in two parts; "
+                         "set one of them when the engine starts");
     return OK;
 }
 
@@ -273,15 +316,13 @@ int resources_set_policy(struct resources *r, const struct policy_config *config
 {
     struct arena arena;
     TRY(resources_check_policy(r, config));
-    struct policy_env env = policy_env(r);
     bool warm = r->policy.vt != NULL, hooked = warm && policy_decoder(&r->policy)->vt->decode_attention;
     int n_buckets;
-    const enum kv_format format = kv_dtype_format(config->dtype);
-    bool other_format = r->kv.format != format;
     policy_close(&r->policy);
     arena_init(&arena, r->policy_memory, r->policy_bytes);
     r->config.kv_cache = *config;
-    r->kv.format = format; /* of lanes to come; others know how they are stored */
+    bool other_format = use_format(r, config);
+    struct policy_env env = policy_env(r);
     TRY(policy_open(&r->policy, config, &env, &arena));
     if (!warm || !(hooked || policy_decoder(&r->policy)->vt->decode_attention || other_format)) return OK;
     /* The ops of a policy that has some in decode steps, and the format that others read, were recorded with them. */
@@ -293,6 +334,7 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint, const st
 {
     TRY(model_load(r->model, checkpoint, r->config.seed, progress));
     TRY(ops_kv_reset(r->ops, &r->kv));
+    if (r->ages) TRY(ops_kv_reset(r->ops, &r->aged));
     if (resources_keeps_evicted(r)) TRY(ops_kv_reset(r->ops, &r->host));
     return resources_set_policy(r, &r->config.kv_cache);
 }

@@ -16,12 +16,14 @@ struct resources {
     struct comm *comm;
     struct model *model;
     struct kv_view kv;
+    struct kv_view aged; /* where lanes are stored in two parts: the one in 8 bits, of kv's pages */
     struct kv_view host; /* evicted tokens: pages in host memory, tables on the device; none: n_pages 0 */
     struct sampling_state sampling;
     struct policy policy;
     char *policy_memory; /* holds the state of the greediest policy, so that eval can change policies */
     size_t policy_bytes;
     bool quantises;    /* the cache's dtype, or another that may be set, is one of 8 bits */
+    bool ages;         /* and some of a lane's tokens are to stay plain: there are tables for two parts */
     size_t gpu_memory; /* of a GPU that is only planned for; 0: there is one, or its size is not known */
     /* Results of a step on their way to the host, one step late: two of each, used in turn. */
     int32_t *tokens;        /* [2, n_slots + 1]: next_token of all slots, then the cache's error word */
@@ -59,9 +61,12 @@ int resources_begin(struct resources *r, struct checkpoint *checkpoint,
 /* Derived numbers. */
 /* resources_policy_page_bytes - what the policies' state takes with each page of the pool, at most. */
 int resources_policy_page_bytes(struct resources *r, size_t *bytes) MUST_CHECK;
-bool resources_keeps_evicted(const struct resources *r);       /* in host memory */
-size_t resources_page_bytes(const struct resources *r);        /* one page of the pool */
-size_t resources_scale_bytes(const struct resources *r);       /* the scales of its tokens; 0: none are needed */
+bool resources_keeps_evicted(const struct resources *r);    /* in host memory */
+size_t resources_page_bytes(const struct resources *r);     /* one page of the pool */
+size_t resources_scale_bytes(const struct resources *r);    /* the scales of its tokens; 0: none are needed */
+enum kv_format resources_format(const struct resources *r); /* of tokens, once the prompt has ended */
+int64_t resources_lane_pages(const struct resources *r,
+                             int tokens);                      /* of a lane of so many, once the prompt has ended */
 int64_t resources_kept_token_bytes(const struct resources *r); /* as resources_token_bytes, once the prompt has ended */
 int resources_max_images(const struct config *config, const struct model_dims *dims); /* of one step */
 int resources_max_prompt_tokens(const struct config *config); /* of all prompts that end in one step */

@@ -79,6 +79,7 @@ int scheduler_open(const struct scheduler_options *options, struct scheduler **o
     s->facts = (struct sequence_facts){.n_layers = s->dims->n_layers,
                                        .token_bytes = options->token_bytes,
                                        .kept_token_bytes = options->token_bytes,
+                                       .page_tokens = s->config->kv_page_size,
                                        .eos_ids = s->dims->eos_ids,
                                        .n_eos_ids = s->dims->n_eos_ids};
     return allocate(s);
@@ -108,10 +109,11 @@ void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokeni
 
 void scheduler_use_policy(struct scheduler *s, const struct policy *policy) { s->facts.policy = policy; }
 
-void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes)
+void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes, int plain_tokens)
 {
-    pages_use_page_size(s->pages, page_tokens);
+    pages_use_storage(s->pages, page_tokens, plain_tokens);
     s->facts.kept_token_bytes = token_bytes;
+    s->facts.plain_tokens = plain_tokens;
 }
 
 int scheduler_max_running(const struct scheduler *s) { return s->max_running; }

@@ -33,8 +33,9 @@ void scheduler_close(struct scheduler *s);
 void scheduler_use_tokenizer(struct scheduler *s, const struct tokenizer *tokenizer);
 void scheduler_use_policy(struct scheduler *s, const struct policy *policy);
 /* scheduler_use_storage - how lanes are stored once their prompt has ended, where not as the prompt's: tokens of a
- * page, and bytes of a token over all layers and ranks. With nothing active. */
-void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes);
+ * page, bytes of a token over all layers and ranks, and tokens of a lane that stay as the prompt's (0: none). With
+ * nothing active. */
+void scheduler_use_storage(struct scheduler *s, int page_tokens, int64_t token_bytes, int plain_tokens);
 
 /* scheduler_submit - see engine_submit; `judging`: rows that the policy needs in the prompt's last chunk (1: none). */
 int scheduler_submit(struct scheduler *s, struct request *request, struct sink sink, int judging) MUST_CHECK;

@@ -126,11 +126,27 @@ int sequence_push(struct sequence *seq, const struct sequence_facts *facts, int3
     return OK;
 }
 
-static int64_t kept_bytes(const struct sequence *seq, const struct sequence_facts *facts)
+/* Tokens that are stored as the prompt's, over layers, in the step that appends the n-th behind it (0: before all):
+ * whenever a page's worth has come, lanes are cut down to plain_tokens. Of heads with budgets of their own the mean
+ * counts. */
+static int64_t plain_tokens(const struct sequence *seq, const struct sequence_facts *facts, int n)
 {
     int64_t tokens = 0;
+    if (!facts->plain_tokens) return 0;
+    const int aged = n ? (n - 1) / facts->page_tokens * facts->page_tokens : 0;
+    for (int l = 0; l < facts->n_layers; l++) {
+        const int length = seq->kept[l] + aged;
+        tokens += (length < facts->plain_tokens ? length : facts->plain_tokens) + n - aged;
+    }
+    return tokens;
+}
+
+static int64_t kept_bytes(const struct sequence *seq, const struct sequence_facts *facts)
+{
+    const int64_t plain = plain_tokens(seq, facts, 0);
+    int64_t tokens = 0;
     for (int l = 0; l < facts->n_layers; l++) tokens += seq->kept[l] + seq->n_behind;
-    return tokens * facts->kept_token_bytes / facts->n_layers;
+    return ((tokens - plain) * facts->kept_token_bytes + plain * facts->token_bytes) / facts->n_layers;
 }
 
 /* Tokens of the prompt that the policy decided on: the first turn's. */
@@ -161,7 +177,9 @@ static double read_per_step(const struct sequence *seq, const struct sequence_fa
     for (int i = 0; i + 1 < seq->n_tokens; i++) {
         const struct policy_reads reads = policy_step_reads(facts->policy, &asked, kept, seq->n_behind + i);
         const double far = reads.recalled * (double)facts->token_bytes; /* stays as it is */
-        sum += (reads.tokens - reads.recalled) * (double)facts->kept_token_bytes + far + (double)reads.beside_bytes;
+        const double plain = (double)plain_tokens(seq, facts, i + 1) / facts->n_layers;
+        sum += (reads.tokens - reads.recalled - plain) * (double)facts->kept_token_bytes +
+               plain * (double)facts->token_bytes + far + (double)reads.beside_bytes;
         *recalled += far;
     }
     *recalled /= seq->n_tokens - 1;

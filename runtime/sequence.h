@@ -51,6 +51,7 @@ struct sequence_facts {
     const struct policy *policy;
     int n_layers;
     int64_t token_bytes, kept_token_bytes; /* K and V of one token over all layers and ranks; as the cache keeps it */
+    int plain_tokens, page_tokens; /* so many of a lane stay as the prompt's, and up to a page's more until they age */
     const int *eos_ids;
     int n_eos_ids;
 };

@@ -36,7 +36,8 @@ static inline struct fixture *fixture_open(int n_threads, uint64_t seed)
                                 .max_in_features = 4096,
                                 .max_heads = 48,
                                 .head_dim = 128,
-                                .vocab_size = 50000};
+                                .vocab_size = 50000,
+                                .aged = true};
     size_t planned = 0, taken = 0;
     if (!f) abort();
     f->seed = hash_splitmix(seed);
@@ -149,6 +150,38 @@ static inline int fixture_pages_ok(const struct kv_view *kv)
             int page = kv->page_row[lane * kv->max_pages + i];
             ok = page >= 0 && page < kv->n_pages && !seen[page]++;
         }
+    free(seen);
+    return ok && count == kv->n_pages;
+}
+
+/* The cache's lanes once more, in 8 bits and empty (kernels/ops_aged.h). */
+static inline struct kv_view fixture_aged(struct fixture *f, const struct kv_view *kv, enum kv_format format)
+{
+    struct kv_view aged = *kv;
+    const size_t lanes = (size_t)(kv->n_slots * kv->lanes_per_slot);
+    fixture_quantise(f, &aged, format);
+    aged.page_row = fixture_take(f, lanes * (size_t)kv->max_pages * sizeof(int32_t));
+    aged.lane_len = fixture_take(f, lanes * sizeof(int32_t));
+    return aged;
+}
+
+/* The invariant where two views share the pages. */
+static inline int fixture_parts_ok(const struct kv_view *kv, const struct kv_view *aged)
+{
+    const struct kv_view *views[] = {kv, aged};
+    char *seen = calloc((size_t)kv->n_pages + 1, 1);
+    int count = *kv->free_count, ok = seen != NULL && count >= 0 && count <= kv->n_pages;
+    for (int i = 0; ok && i < count; i++) {
+        int page = kv->free_stack[i];
+        ok = page >= 0 && page < kv->n_pages && !seen[page]++;
+    }
+    for (int lane = 0; ok && lane < 2 * kv->n_slots * kv->lanes_per_slot; lane++) {
+        const struct kv_view *view = views[lane % 2];
+        for (int i = 0; ok && i < fixture_lane_pages(view, lane / 2); i++, count++) {
+            int page = view->page_row[lane / 2 * kv->max_pages + i];
+            ok = page >= 0 && page < kv->n_pages && !seen[page]++;
+        }
+    }
     free(seen);
     return ok && count == kv->n_pages;
 }

@@ -16,6 +16,7 @@ struct cpu {
     const struct vector_ops *vector;
     void *scratch;
     size_t scratch_bytes;
+    struct ops_limits limits; /* that it is for */
 };
 
 static inline struct cpu *cpu__of(const struct ops *o) { return o->impl; }
@@ -34,6 +35,7 @@ int cpu__attention_measure(const struct cpu *c, const struct ops_limits *limits,
 int cpu__decode_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__probe_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__expected_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cpu__aged_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cpu__sample_measure(const struct cpu *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
 /* memory.c */
@@ -68,6 +70,9 @@ int cpu__attention_prefill(struct ops *o, struct tensor out, struct tensor q, st
                            const struct attention_heads *heads);
 int cpu__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads);
+int cpu__attention_decode_aged(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                               const struct kv_view *kv, const struct kv_view *aged,
+                               const struct attention_heads *heads);
 int cpu__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                  const struct kv_view *kv, const struct attention_heads *heads,
                                  const struct kv_list *list);
@@ -96,6 +101,7 @@ int cpu__recall(struct ops *o, int32_t *entry, const int32_t *count, int stride,
                 const struct kv_recent *recent);
 int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                  int n_drops);
+int cpu__kv_age(struct ops *o, const struct kv_view *kv, const struct kv_view *aged, int slot, int sinks, int window);
 int cpu__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__kv_widen(struct ops *o, const struct kv_view *kv, int slot);
 int cpu__kv_release(struct ops *o, const struct kv_view *kv, int slot);

@@ -293,3 +293,64 @@ int cpu__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_
     }
     return OK;
 }
+
+/* ---- lanes in two parts (ops_aged.h) ---- */
+
+/* The lane moves as it is to aged and gets fresh pages for what stays, from which the rest is quantised in place: a
+ * token's codes lie before all elements that are still to be read. */
+static void age_in_place(const struct kv_view *kv, const struct kv_view *aged, int lane, int sinks, int stay)
+{
+    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
+    const int length = kv->lane_len[lane], n = length - stay;
+    const int had = lane__pages(kv, length), fresh = lane__pages(kv, stay);
+    int32_t *row = lane__page_row(kv, lane), *old = lane__page_row(aged, lane);
+    memcpy(old, row, (size_t)had * sizeof *old);
+    for (int i = 0; i < fresh; i++) row[i] = kv->free_stack[--*kv->free_count];
+    for (int j = 0; j < stay; j++) {
+        const int from = j < sinks ? j : j + n;
+        memcpy(lane__key(kv, lane, j), lane__key(aged, lane, from), bytes);
+        memcpy(lane__value(kv, lane, j), lane__value(aged, lane, from), bytes);
+    }
+    for (int i = 0; i < n; i++)
+        quantise_token(aged, aged->format, lane, i, lane__key(aged, lane, sinks + i),
+                       lane__value(aged, lane, sinks + i));
+    kv->lane_len[lane] = stay;
+    aged->lane_len[lane] = n;
+    aged->lane_format[lane] = (int32_t)aged->format;
+    for (int i = had - 1; i >= lane__pages_of(aged, lane, n); i--) kv->free_stack[(*kv->free_count)++] = old[i];
+}
+
+static void age_to_end(const struct kv_view *kv, const struct kv_view *aged, int lane, int sinks, int stay)
+{
+    const size_t bytes = (size_t)kv->head_dim * sizeof(float);
+    const int n = kv->lane_len[lane] - stay;
+    if (aged->lane_len[lane] == 0) aged->lane_format[lane] = (int32_t)aged->format;
+    const int at = grow_lane(aged, lane, n);
+    if (at < 0) return;
+    for (int i = 0; i < n; i++)
+        quantise_token(aged, lane__format(aged, lane), lane, at + i, lane__key(kv, lane, sinks + i),
+                       lane__value(kv, lane, sinks + i));
+    for (int j = sinks; j < stay; j++) {
+        memcpy(lane__key(kv, lane, j), lane__key(kv, lane, j + n), bytes);
+        memcpy(lane__value(kv, lane, j), lane__value(kv, lane, j + n), bytes);
+    }
+    shrink_lane(kv, lane, stay);
+}
+
+int cpu__kv_age(struct ops *o, const struct kv_view *kv, const struct kv_view *aged, int slot, int sinks, int window)
+{
+    const int stay = sinks + window, code_tokens = lane__code_tokens(kv);
+    (void)o;
+    for (int lane = slot * kv->lanes_per_slot; lane < (slot + 1) * kv->lanes_per_slot; lane++) {
+        const int n = kv->lane_len[lane] - stay, fresh = lane__pages(kv, stay);
+        if (lane__format(kv, lane) != KV_PLAIN) FAIL(ERR_ARG, "ops_kv_age: lane %d of kv is quantised", lane);
+        if (n <= 0) continue;
+        if (aged->lane_len[lane] > 0 || fresh >= (n + code_tokens - 1) / code_tokens)
+            age_to_end(kv, aged, lane, sinks, stay);
+        else if (fresh > *kv->free_count)
+            *kv->error |= KV_ERROR_NO_FREE_PAGE;
+        else
+            age_in_place(kv, aged, lane, sinks, stay);
+    }
+    return OK;
+}

@@ -48,8 +48,8 @@ static int memory_free(struct ops *o, size_t *free_bytes, size_t *total_bytes)
 static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes, bool measure)
 {
     static int (*const families[])(const struct cpu *, const struct ops_limits *, struct arena *) = {
-        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure,
-        cpu__probe_measure,  cpu__sample_measure,    cpu__expected_measure};
+        cpu__linear_measure, cpu__attention_measure, cpu__decode_measure, cpu__probe_measure,
+        cpu__sample_measure, cpu__expected_measure,  cpu__aged_measure};
     struct cpu *c = cpu__of(o);
     size_t most = ARENA_ALIGNMENT;
     for (size_t i = 0; i < sizeof families / sizeof families[0]; i++) {
@@ -60,6 +60,7 @@ static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes
     }
     *bytes = most;
     if (measure) return OK;
+    c->limits = *limits;
     if (c->scratch) cpu__memory_give_back(o, c->scratch, c->scratch_bytes);
     c->scratch = NULL;
     TRY(cpu__memory_take(o, most, &c->scratch));
@@ -126,9 +127,10 @@ static int rope_append(struct ops *o, const struct kv_view *kv, const struct att
     return cpu__kv_append(o, kv, heads, k, v, batch);
 }
 
-static int decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
+static int decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv,
+                        const struct kv_view *aged)
 {
-    (void)o, (void)batch, (void)kv;
+    (void)o, (void)batch, (void)kv, (void)aged;
     return OK;
 }
 
@@ -208,6 +210,7 @@ const struct ops_vt ops_cpu = {
     .attention_prefill = cpu__attention_prefill,
     .decode_begin = decode_begin,
     .attention_decode = cpu__attention_decode,
+    .attention_decode_aged = cpu__attention_decode_aged,
     .attention_decode_listed = cpu__attention_decode_listed,
     .attention_probe = cpu__attention_probe,
     .judge_columns = cpu__judge_columns,
@@ -224,6 +227,7 @@ const struct ops_vt ops_cpu = {
     .kv_drop = cpu__kv_drop,
     .kv_quantise = cpu__kv_quantise,
     .kv_widen = cpu__kv_widen,
+    .kv_age = cpu__kv_age,
     .kv_release = cpu__kv_release,
     .select_top = cpu__select_top,
     .split_budgets = cpu__split_budgets,

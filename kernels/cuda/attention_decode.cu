@@ -12,8 +12,8 @@
 #include "kernels/cuda/attention_decode.cuh"
 
 __global__ static void __launch_bounds__(256)
-    list_work_kernel(struct kv_view kv, const int32_t *slot, int n_seqs, int split_tokens, int4 *item, int capacity,
-                     int32_t *count, int most_pieces)
+    list_work_kernel(struct kv_view kv, const int32_t *slot, int n_seqs, int more, int split_tokens, int4 *item,
+                     int capacity, int32_t *count, int most_pieces)
 {
     __shared__ int warp_total[8];
     wait_for_predecessor();
@@ -23,7 +23,7 @@ __global__ static void __launch_bounds__(256)
     for (int first = 0; first < n_seqs; first += 256) {
         const int row = first + (int)threadIdx.x;
         const int s = row < n_seqs ? slot[row] : -1;
-        const int length = s >= 0 && s < kv.n_slots ? kv.lane_len[cache_lane(kv, s, lane)] + 1 : 0;
+        const int length = s >= 0 && s < kv.n_slots ? kv.lane_len[cache_lane(kv, s, lane)] + more : 0;
         int n = (length + split_tokens - 1) / split_tokens;
         if (n > most_pieces) n = most_pieces;
         if (n > 0) n = (length + piece_tokens(length, n) - 1) / piece_tokens(length, n);
@@ -53,15 +53,27 @@ __global__ static void __launch_bounds__(256)
     let_successor_start();
 }
 
-int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv)
+/* Lists the pieces of lanes that are about to get `more` tokens. */
+static int list_work(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv, int more, int32_t *item,
+                     int32_t *count)
+{
+    const struct cuda *c = cuda__of(o);
+    return cuda__launch(o, "decode_begin", list_work_kernel, dim3((unsigned)kv->lanes_per_slot), dim3(256), 0, *kv,
+                        batch->slot, batch->n_seqs, more, c->split_tokens, (int4 *)item, c->work_capacity, count,
+                        c->most_pieces);
+}
+
+/* Of two lists the second is begun when the first stands in memory, and what follows when both do. */
+int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv,
+                       const struct kv_view *aged)
 {
     const struct cuda *c = cuda__of(o);
     if (kv->lanes_per_slot > c->limits.max_lanes || batch->n_seqs > c->limits.max_seqs)
         FAIL(ERR_BUG, "ops_decode_begin: %d lanes and %d sequences, ops_reserve was told %d and %d", kv->lanes_per_slot,
              batch->n_seqs, c->limits.max_lanes, c->limits.max_seqs);
-    return cuda__launch(o, "decode_begin", list_work_kernel, dim3((unsigned)kv->lanes_per_slot), dim3(256), 0, *kv,
-                        batch->slot, batch->n_seqs, c->split_tokens, (int4 *)c->work_item, c->work_capacity,
-                        c->work_count, c->most_pieces);
+    if (aged && !c->limits.aged) FAIL(ERR_BUG, "ops_decode_begin_aged: ops_reserve was told of no lanes in two parts");
+    if (aged) TRY(list_work(o, batch, aged, 0, c->aged_item, c->aged_count));
+    return list_work(o, batch, kv, 1, c->work_item, c->work_count);
 }
 
 /* ---- the attention of a layer ---- */

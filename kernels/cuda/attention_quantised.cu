@@ -163,6 +163,14 @@ int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q,
                               const struct attention_heads *heads)
 {
     const struct cuda *c = cuda__of(o);
+    return cuda__attention_pieces(o, out, q, log_sum, batch, kv, heads, c->work_item, c->work_count);
+}
+
+int cuda__attention_pieces(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                           const int32_t *item, const int32_t *count)
+{
+    const struct cuda *c = cuda__of(o);
     struct decode_arguments a = {};
     struct arena arena;
     TRY(check_quantised(c, out, q, batch, kv, heads));
@@ -181,7 +189,7 @@ int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q,
     a.capacity = c->work_capacity;
     a.counter_stride = c->limits.max_seqs;
     a.scale = heads->scale * 1.44269504088896f;
-    a.item = (const int4 *)c->work_item, a.count = c->work_count;
+    a.item = (const int4 *)item, a.count = count;
     a.counter = c->counter;
     WITH_TYPE(q.dtype, T,
               return kv->format == KV_INT8 ? launch_for_group<T, KV_INT8>(o, a) : launch_for_group<T, KV_FP8>(o, a));

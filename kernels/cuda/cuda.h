@@ -37,6 +37,7 @@ struct cuda {
     struct ops_limits limits;            /* of ops_reserve */
     int32_t *work_item;                  /* [max_lanes, work_capacity, 4] decode attention: the pieces of every lane */
     int32_t *work_count;                 /* [max_lanes] pieces of each lane */
+    int32_t *aged_item, *aged_count;     /* the same of the other part of lanes in two (ops_aged.h) */
     int work_capacity, split_tokens, most_pieces;
     void *workspace;  /* of cuBLASLt and linear_rows.cu */
     int32_t *counter; /* [n_counters] zero between launches: how many pieces of a sequence's head, or sums, are done */
@@ -72,6 +73,7 @@ int cuda__decode_measure(const struct cuda *c, const struct ops_limits *limits, 
 int cuda__listed_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__probe_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__expected_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
+int cuda__aged_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 int cuda__sample_measure(const struct cuda *c, const struct ops_limits *limits, struct arena *arena) MUST_CHECK;
 
 /* attention_quantised.cu - decode attention over lanes in an 8-bit format, and its scratch. */
@@ -79,6 +81,10 @@ int cuda__quantised_measure(const struct cuda *c, const struct ops_limits *limit
 int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
                               const struct seq_batch *batch, const struct kv_view *kv,
                               const struct attention_heads *heads) MUST_CHECK;
+/* ... by another list of pieces than the step's. */
+int cuda__attention_pieces(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
+                           const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
+                           const int32_t *item, const int32_t *count) MUST_CHECK;
 
 /* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
  * unless the ring is full. */
@@ -144,10 +150,14 @@ int cuda__attention_vision(struct ops *o, struct tensor out, struct tensor q, st
 int cuda__attention_prefill(struct ops *o, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                             const struct seq_batch *batch, const struct kv_view *kv,
                             const struct attention_heads *heads);
-int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv);
+int cuda__decode_begin(struct ops *o, const struct seq_batch *batch, const struct kv_view *kv,
+                       const struct kv_view *aged);
 int cuda__attention_decode(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
                            const struct seq_batch *batch, const struct kv_view *kv,
                            const struct attention_heads *heads);
+int cuda__attention_decode_aged(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
+                                const struct kv_view *kv, const struct kv_view *aged,
+                                const struct attention_heads *heads);
 int cuda__attention_decode_listed(struct ops *o, struct tensor out, struct tensor q, const struct seq_batch *batch,
                                   const struct kv_view *kv, const struct attention_heads *heads,
                                   const struct kv_list *list);
@@ -179,6 +189,7 @@ int cuda__recall(struct ops *o, int32_t *entry, const int32_t *count, int stride
                  const struct kv_recent *recent);
 int cuda__kv_drop(struct ops *o, const struct kv_view *kv, int slot, const int32_t *index, const struct kv_drop *drop,
                   int n_drops);
+int cuda__kv_age(struct ops *o, const struct kv_view *kv, const struct kv_view *aged, int slot, int sinks, int window);
 int cuda__kv_quantise(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__kv_widen(struct ops *o, const struct kv_view *kv, int slot);
 int cuda__kv_release(struct ops *o, const struct kv_view *kv, int slot);

@@ -1,16 +1,7 @@
 /* The paged cache: append, pack, release. Pages are popped and pushed with integer counters, so that which number a
  * lane gets may vary from run to run, and nothing else can. Every op leaves free pages + pages below the lanes' lengths
  * = all pages, also when it reports an error. */
-#include "kernels/cuda/quantised.cuh"
-
-enum { LANES_A_BLOCK = 4, WARP = 32 };
-
-/* Pages that `length` tokens of a lane take. */
-__device__ static int pages_of(const struct kv_view &kv, int lane, int64_t length)
-{
-    const int tokens = page_tokens(kv, lane);
-    return (int)((length + tokens - 1) / tokens);
-}
+#include "kernels/cuda/lanes.cuh"
 
 __global__ static void reset_kernel(struct kv_view kv)
 {
@@ -27,36 +18,6 @@ __global__ static void reset_kernel(struct kv_view kv)
 int cuda__kv_reset(struct ops *o, const struct kv_view *kv)
 {
     return cuda__launch(o, "kv_reset", reset_kernel, dim3(512), dim3(256), 0, *kv);
-}
-
-/* Grows a lane by n tokens, called by a whole warp; its length before, or -1 (and the error word set). */
-__device__ static int grow_lane(const struct kv_view &kv, int lane, int n)
-{
-    const int thread = (int)threadIdx.x % WARP;
-    const int length = kv.lane_len[lane], have = pages_of(kv, lane, length);
-    const int wanted = pages_of(kv, lane, (int64_t)length + n);
-    int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
-    int base = 0;
-    if (wanted > kv.max_pages) {
-        if (thread == 0) atomicOr(kv.error, KV_ERROR_LANE_FULL);
-        return -1;
-    }
-    const int more = wanted - have;
-    if (more > 0) {
-        if (thread == 0) {
-            base = atomicSub(kv.free_count, more) - more;
-            if (base < 0) {
-                atomicAdd(kv.free_count, more);
-                atomicOr(kv.error, KV_ERROR_NO_FREE_PAGE);
-            }
-        }
-        base = __shfl_sync(~0u, base, 0);
-        if (base < 0) return -1;
-        for (int i = thread; i < more; i += WARP) row[have + i] = kv.free_stack[base + more - 1 - i];
-    }
-    __syncwarp();
-    if (thread == 0) kv.lane_len[lane] = length + n;
-    return length;
 }
 
 /* ---- decode: one token a lane, a warp each ---- */
@@ -382,23 +343,6 @@ __global__ static void __launch_bounds__(PACK_THREADS)
         }
         round = next;
     }
-}
-
-/* Cuts a lane to a length and pushes the pages beyond, called by a whole warp. */
-__device__ static void shrink_lane(const struct kv_view &kv, int lane, int length)
-{
-    const int thread = (int)threadIdx.x % WARP, before = kv.lane_len[lane];
-    if (length > before) return;
-    const int keep = pages_of(kv, lane, length), freed = pages_of(kv, lane, before) - keep;
-    const int32_t *row = kv.page_row + (int64_t)lane * kv.max_pages;
-    int base = 0;
-    if (freed > 0) {
-        if (thread == 0) base = atomicAdd(kv.free_count, freed);
-        base = __shfl_sync(~0u, base, 0);
-        for (int i = thread; i < freed; i += WARP) kv.free_stack[base + i] = row[keep + freed - 1 - i];
-    }
-    __syncwarp();
-    if (thread == 0) kv.lane_len[lane] = length;
 }
 
 __global__ static void shrink_kernel(struct kv_view kv, int first_lane, int n_lanes, struct keep_counts counts,

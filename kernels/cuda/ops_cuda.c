@@ -233,6 +233,10 @@ static int place_lasting(struct cuda *c, const struct ops_limits *limits, struct
     size_t lanes = (size_t)limits->max_lanes;
     TRY(arena_take(arena, lanes * (size_t)c->work_capacity * 4 * sizeof(int32_t), label, &c->work_item));
     TRY(arena_take(arena, lanes * sizeof(int32_t), label, &c->work_count));
+    if (limits->aged) {
+        TRY(arena_take(arena, lanes * (size_t)c->work_capacity * 4 * sizeof(int32_t), label, &c->aged_item));
+        TRY(arena_take(arena, lanes * sizeof(int32_t), label, &c->aged_count));
+    }
     TRY(arena_take(arena, CUDA_WORKSPACE_BYTES, label, &c->workspace));
     return arena_take(arena, (size_t)c->n_counters * sizeof(int32_t), label, &c->counter);
 }
@@ -241,7 +245,7 @@ static int reserve(struct ops *o, const struct ops_limits *limits, size_t *bytes
 {
     static int (*const families[])(const struct cuda *, const struct ops_limits *, struct arena *) = {
         cuda__kv_measure,    cuda__decode_measure,   cuda__quantised_measure, cuda__listed_measure,
-        cuda__probe_measure, cuda__expected_measure, cuda__sample_measure};
+        cuda__probe_measure, cuda__expected_measure, cuda__sample_measure,    cuda__aged_measure};
     struct cuda *c = cuda__of(o), planned = *c;
     struct arena arena;
     size_t most = ARENA_ALIGNMENT;
@@ -332,6 +336,7 @@ const struct ops_vt ops_cuda = {
     .attention_prefill = cuda__attention_prefill,
     .decode_begin = cuda__decode_begin,
     .attention_decode = attention_decode,
+    .attention_decode_aged = cuda__attention_decode_aged,
     .attention_decode_listed = cuda__attention_decode_listed,
     .attention_probe = cuda__attention_probe,
     .judge_columns = cuda__judge_columns,
@@ -348,6 +353,7 @@ const struct ops_vt ops_cuda = {
     .kv_drop = cuda__kv_drop,
     .kv_quantise = cuda__kv_quantise,
     .kv_widen = cuda__kv_widen,
+    .kv_age = cuda__kv_age,
     .kv_release = cuda__kv_release,
     .select_top = cuda__select_top,
     .split_budgets = cuda__split_budgets,

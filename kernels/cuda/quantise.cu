@@ -8,14 +8,6 @@ enum {
     MOST_DIM = 128 /* four elements a thread */
 };
 
-/* Four elements of a token's key or value as codes; whole warps. */
-template <typename T> __device__ static uint32_t quantise_four(enum kv_format format, uint2 x, float *scale)
-{
-    const float2 a = unpack2<T>(x.x), b = unpack2<T>(x.y);
-    *scale = quantise_scale(format, __reduce_max_sync(~0u, max(largest_of(a), largest_of(b))));
-    return codes_of(format, a, *scale) | codes_of(format, b, *scale) << 16;
-}
-
 /* A block a lane. Page i gets the tokens of pages 2i and 2i + 1, which lie at or behind it: a block has read both
  * before it writes, and what it writes it never reads again. */
 template <typename T>

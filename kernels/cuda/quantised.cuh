@@ -46,6 +46,14 @@ template <enum kv_format FORMAT> __device__ static inline void unpack8_codes(uin
     for (int i = 0; i < 8; i++) out[i] = quantise_value(FORMAT, (uint8_t)(word[i / 4] >> i % 4 * 8));
 }
 
+/* Four elements of a token's key or value as codes; whole warps. */
+template <typename T> __device__ static inline uint32_t quantise_four(enum kv_format format, uint2 x, float *scale)
+{
+    const float2 a = unpack2<T>(x.x), b = unpack2<T>(x.y);
+    *scale = quantise_scale(format, __reduce_max_sync(~0u, max(largest_of(a), largest_of(b))));
+    return codes_of(format, a, *scale) | codes_of(format, b, *scale) << 16;
+}
+
 /* A whole warp writes a key or value at a code_row. Each thread brings two words of two elements, the i-th and the j-th
  * of the row; words past the row are ignored. */
 template <typename T>

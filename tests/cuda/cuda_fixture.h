@@ -75,7 +75,8 @@ static inline struct cuda_fixture *cuda_open(enum dtype dtype, enum cuda_effort 
                                       .max_heads = 64,
                                       .head_dim = 128,
                                       .vocab_size = 128256,
-                                      .max_lanes = MOST_LANES};
+                                      .max_lanes = MOST_LANES,
+                                      .aged = true};
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     size_t planned = 0, taken = 0;
     if (!f || !(f->cpu = calloc(1, sizeof *f->cpu))) abort();

@@ -210,6 +210,16 @@ static void test_check(void)
     CHECK_OK(config_check(&config));
     load("model: a\nkv_cache: {policy: pyramid_infer, dtype: int8}\n");
     CHECK_OK(config_check(&config));
+    load("model: a\nkv_cache: {dtype: fp8, plain_sinks: 4, plain_window: 32}\n");
+    CHECK(config.kv_cache.plain_sinks == 4 && kv_plain_tokens(&config.kv_cache) == 36);
+    CHECK_OK(config_check(&config));
+    load("model: a\nkv_cache: {policy: quest, dtype: auto, plain_window: 32}\n");
+    CHECK(kv_plain_tokens(&config.kv_cache) == 0); /* which says nothing of plain lanes */
+    CHECK_OK(config_check(&config));
+    load("model: a\nkv_cache: {policy: pyramid_infer, dtype: int8, plain_sinks: 1}\n");
+    CHECK_FAILS(config_check(&config), ERR_CONFIG, "kv_cache.plain_window with kv_cache.policy pyramid_infer");
+    load("model: a\nkv_cache: {dtype: int8, plain_sinks: 1, evicted: host}\n");
+    CHECK_FAILS(config_check(&config), ERR_CONFIG, "kv_cache.plain_window with kv_cache.evicted host");
 }
 
 /* Prints, loads what was printed, and compares by hash and by a second print. */

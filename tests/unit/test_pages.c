@@ -130,7 +130,7 @@ static void test_kept_pages(void)
     struct books b = open_books(&pages, 1, 2, 100);
     int length[LAYERS] = {40, 40, 40, 40, 1};
     CHECK(b.heads[0] == 2);
-    pages_use_page_size(pages, 2 * PAGE);
+    pages_use_storage(pages, 2 * PAGE, 0);
     CHECK(pages_reserve(pages, 0, 3 * PAGE) && pages_free(pages) == 100 - LAYERS * 2 * 3);
     pages_resize_plain(pages, 0, length, 8, false);
     CHECK(pages_free(pages) == 100 - (4 * 2 * 3 + 2));
@@ -145,11 +145,37 @@ static void test_kept_pages(void)
     pages_close(pages);
 }
 
+/* Lanes in two parts: what they take while they are rewritten is reserved, what they take afterwards is kept. */
+static void test_parts(void)
+{
+    struct pages *pages;
+    struct books b = open_books(&pages, 1, 2, 90);
+    int length[LAYERS] = {40, 40, 40, 40, 1};
+    CHECK(b.heads[0] == 2);
+    pages_use_storage(pages, 2 * PAGE, 20); /* 20 tokens take 2 pages, fewer than the codes of 80 */
+    CHECK(pages_fits(pages, 100) && !pages_fits(pages, 113));
+    CHECK(pages_reserve(pages, 0, 100) && pages_free(pages) == 90 - LAYERS * 2 * (7 + 2));
+    pages_resize(pages, 0, length, 8, false); /* up to 36 plain, 28 in codes; 9 plain */
+    CHECK(pages_free(pages) == 90 - (4 * 2 * (3 + 1) + 2));
+    pages_release(pages, 0);
+    CHECK(pages_reserve(pages, 0, 30) && pages_free(pages) == 90 - LAYERS * 2 * (2 + 1));
+    pages_release(pages, 0);
+    CHECK(pages_reserve(pages, 0, 20) && pages_free(pages) == 90 - LAYERS * 2 * 2); /* all of it plain */
+    pages_release(pages, 0);
+    CHECK(pages_reserve(pages, 0, 100));
+    pages_resize(pages, 0, length, 8, true); /* any head may have 36 plain ones */
+    CHECK(pages_free(pages) == 90 - (4 * (2 * 3 + (2 * 48 + 2 * 31) / 32) + 2 * 3 + (2 * 9 + 2 * 31) / 32));
+    pages_release(pages, 0);
+    CHECK(pages_free(pages) == 90);
+    pages_close(pages);
+}
+
 int main(void)
 {
     static const struct check_case cases[] = {{"what fits", test_fits},
                                               {"random reservations against plain sums", test_random},
                                               {"pages of another size after a prompt", test_kept_pages},
+                                              {"lanes in two parts", test_parts},
                                               {0}};
     return check_run("pages", cases);
 }

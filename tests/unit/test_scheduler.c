@@ -506,7 +506,7 @@ static void test_pages_of_second_turn(void)
     r.followup_max_tokens = SECOND;
     r.ids = calloc(PROMPT, sizeof *r.ids);
     r.followup = calloc(NEXT, sizeof *r.followup);
-    scheduler_use_storage(s->scheduler, CODE_PAGE, TOKEN_BYTES / 2);
+    scheduler_use_storage(s->scheduler, CODE_PAGE, TOKEN_BYTES / 2, 0);
     CHECK_OK(scheduler_submit(s->scheduler, &r, (struct sink){&done, NULL, ignore_done}, 1));
     for (int i = 0; i < 100 && work; i++) {
         CHECK_OK(scheduler_plan(s->scheduler, &s->message, &work));
