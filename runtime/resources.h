@@ -49,8 +49,8 @@ int resources_place(struct resources *r, struct arena *arena, const struct check
 void resources_use_host(struct resources *r, void *memory);
 
 /* resources_check_policy - ERR_CONFIG where a policy cannot be set: see policy_check; an 8-bit dtype that no room was
- * made for. resources_set_policy - opens a policy in the memory set aside, and the cache's dtype with it; closes the
- * one before. With no sequence in a slot. */
+ * made for; ERR_UNSUPPORTED what GPUs have not been seen to do. resources_set_policy - opens a policy in the memory set
+ * aside, and the cache's dtype with it; closes the one before. With no sequence in a slot. */
 int resources_check_policy(const struct resources *r, const struct policy_config *config) MUST_CHECK;
 int resources_set_policy(struct resources *r, const struct policy_config *config) MUST_CHECK;
 
