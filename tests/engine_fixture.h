@@ -251,6 +251,31 @@ static inline struct engine_counters service_counters(const struct service *s)
     return c;
 }
 
+/* service_check_pages - no page is taken. */
+static inline void service_check_pages(const struct service *s)
+{
+    struct engine_counters c = service_counters(s);
+    CHECK(c.pages_free == c.pages_total && c.pages_total > 0);
+}
+
+/* service_ask - answers one request. service_refuse - one that is to be refused with these words. */
+static inline struct answer service_ask(struct service *s, struct request r)
+{
+    struct answer a;
+    service_submit(s, &r, &a);
+    service_run(s);
+    CHECK(a.done && a.shown_size == a.text_size && !memcmp(a.shown ? a.shown : "", a.text, a.text_size));
+    return a;
+}
+
+static inline void service_refuse(struct service *s, struct request r, const char *part)
+{
+    struct answer a = {0};
+    CHECK_FAILS(engine_submit(s->engine, &r, (struct sink){&a, NULL, answer_done}), ERR_REQUEST, part);
+    CHECK(r.ids != NULL && !a.done);
+    request_free(&r);
+}
+
 /* ---- requests ---- */
 
 /* A greedy request for n tokens, whatever they are; ids are copied. */
@@ -272,6 +297,16 @@ static inline struct request request_random(uint64_t seed, int n_ids, int vocabu
     }
     struct request r = request_of_ids(ids, n_ids, max_tokens);
     free(ids);
+    return r;
+}
+
+/* request_forced - prompt 1 of 40 tokens, whose answer begins with the first n tokens of another one's. */
+static inline struct request request_forced(const struct answer *like, int n, int vocabulary, int max_tokens)
+{
+    struct request r = request_random(1, 40, vocabulary, max_tokens);
+    r.sampling.n_logprobs = 1;
+    r.forced = copy_of(like->tokens, (size_t)n * sizeof *like->tokens);
+    r.n_forced = n;
     return r;
 }
 

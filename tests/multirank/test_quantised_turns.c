@@ -2,48 +2,9 @@
  * demo model answers as over a plain cache; 1 to 4 ranks answer alike under policies that evict and under none, from a
  * pool so small that requests wait for each other's pages, and all pages come back. */
 #include "parallel/shard.h"
-#include "tests/engine_fixture.h"
+#include "tests/turns_fixture.h"
 
 static struct ranks ranks;
-
-struct turns {
-    struct answer turn[2];
-    int n;
-};
-
-static void turn_done(void *arg, const struct completion *c)
-{
-    struct turns *t = arg;
-    CHECK(t->n < 2 && c->turn == t->n && c->more == (c->turn == 0));
-    if (t->n < 2) answer_done(&t->turn[t->n++], c);
-}
-
-static void turns_free(struct turns *t)
-{
-    for (int i = 0; i < t->n; i++) answer_free(&t->turn[i]);
-    memset(t, 0, sizeof *t);
-}
-
-static bool turns_equal(const struct turns *a, const struct turns *b)
-{
-    return a->n == 2 && b->n == 2 && answers_equal(&a->turn[0], &b->turn[0]) &&
-           answers_equal(&a->turn[1], &b->turn[1]) && a->turn[1].bytes_kept == b->turn[1].bytes_kept;
-}
-
-static void submit_turns(struct service *s, struct request *r, struct turns *t)
-{
-    int rc, active;
-    memset(t, 0, sizeof *t);
-    while ((rc = engine_submit(s->engine, r, (struct sink){t, NULL, turn_done})) == ERR_FULL)
-        DEMAND(engine_step(s->engine, &active));
-    DEMAND(rc);
-}
-
-static void check_pages_back(const struct service *s)
-{
-    struct engine_counters c = service_counters(s);
-    CHECK(c.pages_free == c.pages_total && c.pages_total > 0);
-}
 
 static void set_dtype(struct service *s, int dtype)
 {
@@ -69,7 +30,7 @@ static void ask_pages(struct service *s, const struct question *q, int n, struct
                                 TOKENIZER_PARSE_SPECIAL, &r.followup, &n_next));
         r.n_followup = (int)n_next;
         r.followup_max_tokens = 30;
-        submit_turns(s, &r, &t[i]);
+        turns_submit(s, &r, &t[i]);
     }
     service_run(s);
 }
@@ -95,7 +56,7 @@ static void work_demo(struct service *s)
     }
     for (int d = 0; d < 3; d++)
         for (int i = 0; i < PAGES; i++) turns_free(&t[d][i]);
-    check_pages_back(s);
+    service_check_pages(s);
     questions_free(q, n);
 }
 
@@ -121,11 +82,9 @@ static void ask_all(struct service *s, struct turns *t)
         struct request r = request_random((uint64_t)i, prompt, words, 1 + 3 * i),
                        behind = request_random((uint64_t)i + 90, next, words, 1);
         r.budget = budgets[i % 6];
-        r.followup = copy_of(behind.ids, (size_t)next * sizeof *behind.ids);
-        r.n_followup = next;
-        r.followup_max_tokens = THEN;
+        request_follow(&r, behind.ids, next, THEN);
         request_free(&behind);
-        submit_turns(s, &r, &t[i]);
+        turns_submit(s, &r, &t[i]);
     }
     service_run(s);
 }
@@ -172,7 +131,7 @@ static void work_random(struct service *s, const char *policy, bool adaptive, st
         turns_free(&want[i]);
     }
     CHECK(service_counters(s).max_running >= 2);
-    check_pages_back(s);
+    service_check_pages(s);
 }
 
 /* Asked of one rank, which is rank 0 by itself, and of all. */
@@ -194,7 +153,7 @@ static void compare_ranks(const char *name, const char *policy, const char *dtyp
         DEMAND(comm_open("self", &alone.comm));
         service_small(&s, &alone, name, chosen);
         ask_all(&s, want);
-        check_pages_back(&s);
+        service_check_pages(&s);
         service_close(&s);
         comm_close(alone.comm);
     }

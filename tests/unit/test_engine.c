@@ -9,12 +9,6 @@ enum { TINY_VOCABULARY = 131 };
 
 static struct ranks ranks;
 
-static void check_pages_back(const struct service *s)
-{
-    struct engine_counters c = service_counters(s);
-    CHECK(c.pages_free == c.pages_total && c.pages_total > 0);
-}
-
 /* ---- batches ---- */
 
 static const char *const mixed_ids[] = {"dev-1p-0000", "dev-1p-0099", "dev-1p-0001", "dev-1p-0005",
@@ -66,7 +60,7 @@ static void check_mixed(struct service *s, const struct question *q, int n, doub
         answer_free(&together[i]);
         answer_free(&joining[i]);
     }
-    check_pages_back(s);
+    service_check_pages(s);
 }
 
 static void test_batch_of_eight(void)
@@ -104,7 +98,7 @@ static void test_chunked_batch(void)
         CHECK(answer_is(&a[i], item->tokens, item->n_tokens));
         answer_free(&a[i]);
     }
-    check_pages_back(&s);
+    service_check_pages(&s);
     service_close(&s);
     questions_free(q, n);
 }
@@ -169,7 +163,7 @@ static void run_many(const char *model, const char *pool, int most_running, int 
             answer_free(&a[i]);
         }
         CHECK(full || same_length < n); /* budgets differ by layer */
-        check_pages_back(&s);
+        service_check_pages(&s);
         service_close(&s);
     }
     free(a);
@@ -249,7 +243,7 @@ static void test_pages_used_again(void)
     }
     CHECK(service_counters(&s).prefill_tokens == tokens);
     CHECK(service_counters(&s).max_running >= 3);
-    check_pages_back(&s);
+    service_check_pages(&s);
     service_close(&s);
     free(a);
 }
@@ -275,7 +269,7 @@ static void test_abort(void)
         }
         DEMAND(engine_step(s.engine, &active));
         CHECK(active == 0);
-        check_pages_back(&s);
+        service_check_pages(&s);
     }
     /* and what comes after is as if nothing had been */
     struct request r = request_random(5, 70, TINY_VOCABULARY, 9);
@@ -326,7 +320,7 @@ static void test_budgets(void)
     CHECK(three.kept[0] >= 1 && three.kept[0] <= 3);
     struct answer *list[] = {&one, &all, &more, &half, &fifty, &small, &three};
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
-    check_pages_back(&s);
+    service_check_pages(&s);
     service_close(&s);
 }
 
@@ -362,15 +356,6 @@ static void test_set_policy(void)
 
 /* ---- how requests end ---- */
 
-static struct answer ask(struct service *s, struct request r)
-{
-    struct answer a;
-    service_submit(s, &r, &a);
-    service_run(s);
-    CHECK(a.done && a.shown_size == a.text_size && !memcmp(a.shown ? a.shown : "", a.text, a.text_size));
-    return a;
-}
-
 /* " $3606.21" of dev-1p-0005: a token a character, and the end token. */
 static struct request amount(const struct service *s, const struct question *q, int n)
 {
@@ -379,7 +364,7 @@ static struct request amount(const struct service *s, const struct question *q, 
 
 static void check_ends(struct service *s, struct request r, const char *text, int n_tokens, enum finish_reason reason)
 {
-    struct answer a = ask(s, r);
+    struct answer a = service_ask(s, r);
     if (strcmp(a.text, text) || a.n_tokens != n_tokens || a.reason != reason)
         fprintf(stderr, "got \"%s\", %d tokens, %s; wanted \"%s\", %d, %s\n", a.text, a.n_tokens,
                 finish_reason_name(a.reason), text, n_tokens, finish_reason_name(reason));
@@ -430,253 +415,16 @@ static void test_ends(void)
     r = amount(&s, q, n);
     r.ignore_eos = true;
     r.max_tokens = 14;
-    struct answer a = ask(&s, r);
+    struct answer a = service_ask(&s, r);
     CHECK(a.n_tokens == 14 && a.reason == FINISH_LENGTH && a.tokens[9] == 2 && !strncmp(a.text, " $3606.21", 9));
     answer_free(&a);
     r = amount(&s, q, n);
     r.min_tokens = 12;
-    a = ask(&s, r);
+    a = service_ask(&s, r);
     CHECK(a.n_tokens >= 12 && a.tokens[9] == 2);
     answer_free(&a);
     service_close(&s);
     questions_free(q, n);
-}
-
-/* ---- sampling ---- */
-
-static struct request sampled(uint64_t prompt, uint64_t seed)
-{
-    struct request r = request_random(prompt, 40, TINY_VOCABULARY, 20);
-    r.sampling.temperature = 1;
-    r.sampling.seed = seed;
-    return r;
-}
-
-static void test_seeds(void)
-{
-    struct service s;
-    struct answer crowd[6];
-    service_open(&s, &ranks, TINY, NULL);
-    struct answer a = ask(&s, sampled(1, 7)), b = ask(&s, sampled(1, 7)), c = ask(&s, sampled(1, 8));
-    CHECK(answers_equal(&a, &b) && !answers_equal(&a, &c));
-    for (int i = 0; i < 6; i++) { /* among others, some with the same prompt, some with the same seed */
-        struct request r = sampled(i % 2 ? 1 : (uint64_t)i + 2, i % 3 ? 7 : 100 + (uint64_t)i);
-        service_submit(&s, &r, &crowd[i]);
-    }
-    service_run(&s);
-    CHECK(answers_equal(&a, &crowd[1]) && answers_equal(&a, &crowd[5]));
-    CHECK(!answers_equal(&a, &crowd[3]) && !answers_equal(&a, &crowd[2]));
-    for (int i = 0; i < 6; i++) answer_free(&crowd[i]);
-    struct request r = sampled(1, 9);
-    r.sampling.top_k = 1;
-    struct answer greedy = ask(&s, request_random(1, 40, TINY_VOCABULARY, 20)), top = ask(&s, r);
-    CHECK(answers_equal(&greedy, &top));
-    struct answer *list[] = {&a, &b, &c, &greedy, &top};
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
-    service_close(&s);
-}
-
-/* Log-probabilities against the logits that were sampled from. */
-static void test_logprobs(void)
-{
-    struct service s;
-    struct seen_logits seen = {0};
-    service_open(&s, &ranks, TINY, NULL);
-    struct request r = sampled(3, 5);
-    r.sampling.n_logprobs = 20;
-    service_watch(&s, &seen);
-    struct answer a = ask(&s, r);
-    service_watch(&s, NULL);
-    CHECK(a.n_logprobs == 20 && a.n_tokens == 20 && seen.n >= 20);
-    for (int i = 0; i < a.n_tokens && i < seen.n; i++) {
-        const float *row = seen.row + (size_t)i * seen.vocab, *p = a.logprob + i * 21;
-        const int32_t *id = a.logprob_token + i * 21;
-        double sum = 0, total = 0;
-        for (size_t k = 0; k < seen.vocab; k++) sum += exp((double)row[k]);
-        CHECK(id[0] == a.tokens[i]);
-        for (int k = 0; k < 21; k++) {
-            CHECK(fabs((double)p[k] - ((double)row[id[k]] - log(sum))) < 1e-4);
-            if (k > 1) CHECK(p[k] <= p[k - 1]);
-            if (k > 0) total += exp((double)p[k]);
-        }
-        CHECK(total > 0.15 && total <= 1 + 1e-6);
-    }
-    free(seen.row);
-    answer_free(&a);
-    service_close(&s);
-}
-
-static struct request forced(const struct answer *like, int n, int max_tokens)
-{
-    struct request r = request_random(1, 40, TINY_VOCABULARY, max_tokens);
-    r.sampling.n_logprobs = 1;
-    r.forced = copy_of(like->tokens, (size_t)n * sizeof *like->tokens);
-    r.n_forced = n;
-    return r;
-}
-
-/* Forced with its own greedy tokens a request gives the same tokens and log-probabilities, all of them or a part;
- * forced with another's it gives those, with the log-probabilities that the logits have for them. */
-static void test_forced(void)
-{
-    struct service s;
-    struct seen_logits seen = {0};
-    service_open(&s, &ranks, TINY, NULL);
-    struct request r = forced(&(struct answer){0}, 0, 20);
-    struct answer greedy = ask(&s, r), other = ask(&s, sampled(1, 3));
-    struct answer same = ask(&s, forced(&greedy, 20, 20)), part = ask(&s, forced(&greedy, 7, 20));
-    CHECK(answers_equal(&same, &greedy) && answers_equal(&part, &greedy) && !answers_equal(&other, &greedy));
-    CHECK(!memcmp(same.logprob, greedy.logprob, 40 * sizeof(float)));
-    CHECK(!memcmp(part.logprob, greedy.logprob, 40 * sizeof(float)));
-    service_watch(&s, &seen);
-    struct answer foreign = ask(&s, forced(&other, 20, 20));
-    service_watch(&s, NULL);
-    CHECK(answers_equal(&foreign, &other) && seen.n >= 20 && foreign.reason == FINISH_LENGTH);
-    for (int i = 0; i < foreign.n_tokens && i < seen.n; i++) {
-        const float *row = seen.row + (size_t)i * seen.vocab;
-        double sum = 0;
-        for (size_t k = 0; k < seen.vocab; k++) sum += exp((double)row[k]);
-        CHECK(foreign.logprob_token[2 * i] == other.tokens[i]);
-        CHECK(fabs((double)foreign.logprob[2 * i] - ((double)row[other.tokens[i]] - log(sum))) < 1e-4);
-    }
-    /* Kept prompt and, in the step that makes token i, the i tokens behind it: 40 + 10 on the mean of 19 steps. */
-    CHECK(fabs(greedy.bytes_read_per_step - 50.0 / 40 * (double)greedy.bytes_kept) < 1e-6);
-    int32_t end[3] = {engine_dims(s.engine)->eos_ids[0], 5, engine_dims(s.engine)->eos_ids[0]};
-    struct answer ends = {.tokens = end};
-    r = forced(&ends, 3, 9);
-    r.ignore_eos = false;
-    struct answer stopped = ask(&s, r); /* the end among the given tokens ends nothing, at their end it does */
-    CHECK(stopped.n_tokens == 3 && stopped.reason == FINISH_STOP);
-    struct answer *list[] = {&greedy, &other, &same, &part, &foreign, &stopped};
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
-    free(seen.row);
-    service_close(&s);
-}
-
-static void refuse(struct service *s, struct request r, const char *part)
-{
-    struct answer a = {0};
-    CHECK_FAILS(engine_submit(s->engine, &r, (struct sink){&a, NULL, answer_done}), ERR_REQUEST, part);
-    CHECK(r.ids != NULL && !a.done);
-    request_free(&r);
-}
-
-static struct request two_turns(const int32_t *ids, int n, int max_tokens, const int32_t *next, int n_next, int then)
-{
-    struct request r = request_of_ids(ids, n, max_tokens);
-    r.followup = copy_of(next, (size_t)n_next * sizeof *next);
-    r.n_followup = n_next;
-    r.followup_max_tokens = then;
-    return r;
-}
-
-struct turns {
-    struct answer turn[2];
-    int n;
-};
-
-static void turn_done(void *arg, const struct completion *c)
-{
-    struct turns *t = arg;
-    CHECK(t->n < 2 && c->turn == t->n && c->more == (c->turn == 0));
-    answer_done(&t->turn[t->n++], c);
-}
-
-/* Over the full cache a follow-up's answer is that to the conversation as one prompt, wherever the first answer ends
- * and whatever runs beside it; over a compressed one it is given all the same. All pages come back. */
-static void check_followups(struct service *s, bool full)
-{
-    enum { MOST = 5, NEXT = 9, THEN = 7, PROMPT = 60 };
-    struct turns t[MOST] = {0};
-    int32_t conversation[PROMPT + 40 + NEXT];
-    for (int i = 0; i < MOST; i++) {
-        struct request q = request_random((uint64_t)i + 20, PROMPT, TINY_VOCABULARY, 1),
-                       next = request_random((uint64_t)i + 50, NEXT, TINY_VOCABULARY, 1),
-                       r = two_turns(q.ids, PROMPT, 1 + 6 * i, next.ids, NEXT, THEN);
-        r.budget = full ? (struct kv_budget){1, 0} : (struct kv_budget){0.3, 0};
-        int rc, active;
-        while ((rc = engine_submit(s->engine, &r, (struct sink){&t[i], NULL, turn_done})) == ERR_FULL)
-            DEMAND(engine_step(s->engine, &active));
-        DEMAND(rc);
-        request_free(&q);
-        request_free(&next);
-    }
-    service_run(s);
-    for (int i = 0; i < MOST; i++) {
-        struct request q = request_random((uint64_t)i + 20, PROMPT, TINY_VOCABULARY, 1),
-                       next = request_random((uint64_t)i + 50, NEXT, TINY_VOCABULARY, 1);
-        int n = t[i].turn[0].n_tokens;
-        CHECK(t[i].n == 2 && n == 1 + 6 * i && t[i].turn[1].n_tokens == THEN);
-        CHECK(t[i].turn[1].prompt_tokens == PROMPT + n + NEXT);
-        memcpy(conversation, q.ids, PROMPT * sizeof *conversation);
-        memcpy(conversation + PROMPT, t[i].turn[0].tokens, (size_t)n * sizeof *conversation);
-        memcpy(conversation + PROMPT + n, next.ids, NEXT * sizeof *conversation);
-        struct answer whole = ask(s, request_of_ids(conversation, PROMPT + n + NEXT, THEN));
-        if (full) CHECK(answers_equal(&t[i].turn[1], &whole));
-        CHECK((t[i].turn[1].bytes_kept == whole.bytes_full) == full);
-        answer_free(&whole);
-        answer_free(&t[i].turn[0]);
-        answer_free(&t[i].turn[1]);
-        request_free(&q);
-        request_free(&next);
-    }
-    check_pages_back(s);
-}
-
-/* The first answer ends by a stop token, so that a surplus step has run. */
-static void check_followup_of_stop(struct service *s)
-{
-    struct turns t = {0};
-    struct request q = request_random(70, 40, TINY_VOCABULARY, 12);
-    struct answer free_running = ask(s, request_of_ids(q.ids, 40, 12));
-    int32_t next[3] = {5, 6, 7}, conversation[60];
-    struct request r = two_turns(q.ids, 40, 12, next, 3, 6);
-    r.stop_id[r.n_stop_ids++] = free_running.tokens[4];
-    DEMAND(engine_submit(s->engine, &r, (struct sink){&t, NULL, turn_done}));
-    service_run(s);
-    int n = t.turn[0].n_tokens;
-    CHECK(t.n == 2 && n <= 5 && t.turn[0].reason == FINISH_STOP);
-    memcpy(conversation, q.ids, 40 * sizeof *conversation);
-    memcpy(conversation + 40, t.turn[0].tokens, (size_t)n * sizeof *conversation);
-    memcpy(conversation + 40 + n, next, sizeof next);
-    r = request_of_ids(conversation, 43 + n, 6);
-    r.stop_id[r.n_stop_ids++] = free_running.tokens[4];
-    struct answer whole = ask(s, r);
-    CHECK(answers_equal(&t.turn[1], &whole));
-    struct answer *list[] = {&free_running, &whole, &t.turn[0], &t.turn[1]};
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) answer_free(list[i]);
-    request_free(&q);
-    check_pages_back(s);
-}
-
-static void test_followups(void)
-{
-    static const char *const full[] = {"max_num_batched_tokens", "50", NULL};
-    static const char *const small[] = {"kv_cache.policy", "vl_cache", "kv_cache.vl_cache.no_image_rows", "20", NULL};
-    struct service s;
-    service_open(&s, &ranks, TINY, full);
-    check_followups(&s, true);
-    check_followup_of_stop(&s);
-    refuse(&s, two_turns((int32_t[]){4}, 1, 9, (int32_t[]){4}, 1, 1 << 20), "max_model_len");
-    service_close(&s);
-    service_open(&s, &ranks, TINY, small);
-    check_followups(&s, false);
-    service_close(&s);
-}
-
-static void test_penalties(void)
-{
-    struct service s;
-    service_open(&s, &ranks, TINY, NULL);
-    struct request r = request_random(4, 30, TINY_VOCABULARY, 60);
-    r.sampling.presence_penalty = 2;
-    r.sampling.frequency_penalty = 100; /* nothing twice */
-    struct answer a = ask(&s, r);
-    char seen[TINY_VOCABULARY] = {0};
-    for (int i = 0; i < a.n_tokens; i++) CHECK(!seen[a.tokens[i]]++);
-    CHECK(a.n_tokens == 60);
-    answer_free(&a);
-    service_close(&s);
 }
 
 /* ---- refusals ---- */
@@ -700,17 +448,20 @@ static void test_refusals(void)
     struct answer a[4];
     service_open(&s, &ranks, TINY_LLAVA, settings);
     CHECK(engine_max_prompt_tokens(s.engine) == 199);
-    refuse(&s, request_random(1, 200, TINY_VOCABULARY, 1), "max_model_len 200");
-    refuse(&s, request_random(1, 100, TINY_VOCABULARY, 101), "max_model_len 200");
+    service_refuse(&s, request_random(1, 200, TINY_VOCABULARY, 1), "max_model_len 200");
+    service_refuse(&s, request_random(1, 100, TINY_VOCABULARY, 101), "max_model_len 200");
     struct request r = request_random(1, 100, TINY_VOCABULARY, 5);
     r.budget = (struct kv_budget){0.1, 0}; /* 60 rows judge the cache together, 50 fit a step */
-    refuse(&s, r, "max_num_batched_tokens 50");
-    refuse(&s, forced(&(struct answer){.tokens = (int32_t[]){4, 5, 6}}, 3, 2), "3 forced tokens");
-    refuse(&s, forced(&(struct answer){.tokens = (int32_t[]){4, TINY_VOCABULARY}}, 2, 5), "forced token 1 is 131");
+    service_refuse(&s, r, "max_num_batched_tokens 50");
+    service_refuse(&s, request_forced(&(struct answer){.tokens = (int32_t[]){4, 5, 6}}, 3, TINY_VOCABULARY, 2),
+                   "3 forced tokens");
+    service_refuse(&s,
+                   request_forced(&(struct answer){.tokens = (int32_t[]){4, TINY_VOCABULARY}}, 2, TINY_VOCABULARY, 5),
+                   "forced token 1 is 131");
     r = request_random(1, 100, TINY_VOCABULARY, 5);
     r.n_images = 3;
     r.spans = take(3 * sizeof *r.spans);
-    refuse(&s, r, "3 images");
+    service_refuse(&s, r, "3 images");
     for (int i = 0; i < 3; i++) {
         r = request_random(1, 199, TINY_VOCABULARY, 1);
         service_submit(&s, &r, &a[i]);
@@ -725,7 +476,7 @@ static void test_refusals(void)
         if (i) answer_free(&a[i]);
     }
     answer_free(&a[0]);
-    check_pages_back(&s);
+    service_check_pages(&s);
     service_close(&s);
 }
 
@@ -736,11 +487,6 @@ int main(void)
                                               {"pages used again by hundreds of requests", test_pages_used_again},
                                               {"steps of three prompt tokens", test_narrow_steps},
                                               {"abort at any step", test_abort},
-                                              {"seeds", test_seeds},
-                                              {"log-probabilities", test_logprobs},
-                                              {"forced tokens", test_forced},
-                                              {"follow-ups", test_followups},
-                                              {"penalties", test_penalties},
                                               {"refusals", test_refusals},
                                               {"many at once, small", test_many_tiny},
                                               {"stop strings, ids, lengths", test_ends},
