@@ -84,7 +84,8 @@ void pages_use_storage(struct pages *p, int kept_page_size, int plain_tokens)
     p->plain_tokens = plain_tokens;
 }
 
-/* The same of lanes in two parts: the plain one grows by a page before what exceeds it is rewritten. */
+/* Pages of `heads` lanes of `length` tokens in two parts, or of as many in uneven ones: the plain part grows by a page
+ * before what exceeds it is rewritten. */
 static int64_t pages_in_parts(const struct pages *p, int64_t heads, int length, bool uneven)
 {
     const int64_t size = p->kept_page_size, most = (int64_t)p->plain_tokens + p->page_size;

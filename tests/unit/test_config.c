@@ -449,7 +449,8 @@ static void test_rooms_agree(void)
 
 static void test_shipped_files(void)
 {
-    static const char *const files[] = {"demo", "demo_tuned", "smollm2", "llava_7b_tp2", "llama2_70b_tp4"};
+    static const char *const files[] = {"demo",    "demo_tuned",   "demo_recall",
+                                        "smollm2", "llava_7b_tp2", "llama2_70b_tp4"};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         char path[512];
         snprintf(path, sizeof path, "%s/configs/%s.yaml", SOURCE_DIR, files[i]);
