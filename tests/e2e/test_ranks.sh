@@ -16,8 +16,9 @@ for ranks in 1 2 3 4; do
     # One value a file; its lines are put into one for the reader of lines.
     tr '\n' ' ' <"$work/result$ranks.json" >"$work/line" && echo >>"$work/line"
     # What is the same on any number of ranks: everything but how long it took and the last digits of log-likelihoods,
-    # which are sums in another order.
-    apart='s/"seconds":[0-9.]*/"seconds":0/g; s/"log_likelihood":[-+.0-9e]*/"log_likelihood":0/g'
+    # which are sums in another order, and of perplexities, which follow from them.
+    apart='s/"seconds":[0-9.]*/"seconds":0/g; s/"log_likelihood":[-+.0-9e]*/"log_likelihood":0/g
+        s/"perplexity":[-+.0-9e]*/"perplexity":0/g'
     "$json_fields" "$work/line" items | sed "$apart" >"$work/items$ranks"
     "$json_fields" "$work/line" runs | sed "$apart" >"$work/runs$ranks"
     grep -o '"log_likelihood":[-+.0-9e]*' "$work/line" | cut -d: -f2 >"$work/likelihoods$ranks"

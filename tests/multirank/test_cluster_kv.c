@@ -57,7 +57,7 @@ static struct kv_clusters take_clusters(struct fixture *f, const struct kv_view 
     c.centroid.data = fixture_take(f, tensor_bytes(c.centroid));
     c.size = fixture_take(f, (size_t)(lanes * max_clusters) * sizeof *c.size);
     c.entry = fixture_take(f, (size_t)(lanes * max_entries) * sizeof *c.entry);
-    c.state = fixture_take(f, (size_t)kv->n_slots * sizeof *c.state);
+    c.state = fixture_take(f, (size_t)lanes * sizeof *c.state);
     c.work = fixture_take(f, ops_cluster_bytes(&f->ops, c.n_lanes, kv->head_dim, max_entries, max_clusters));
     return c;
 }
