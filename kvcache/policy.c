@@ -98,18 +98,22 @@ static int check_evicted(const struct policy_config *config, const struct policy
     if (vt->open && config->cluster_kv.single_text)
         FAIL(ERR_CONFIG,
              "kv_cache.cluster_kv.single_text %d with kv_cache.evicted: host, which clusters evicted tokens all "
-             "together; set one of them to 0 or free",
+             "together; set kv_cache.cluster_kv.single_text to 0, or kv_cache.evicted to free",
              config->cluster_kv.single_text);
     return OK;
+}
+
+bool policy_reads_lanes(const struct policy_config *config, const struct policy_vt *vt)
+{
+    if (vt == &policy_pyramid_infer) return config->pyramid_infer.generation_block > 0;
+    return vt->decode_attention != NULL;
 }
 
 /* Lanes in two parts are read by the model's decode attention alone. */
 static int check_plain(const struct policy_config *config, const struct policy_vt *vt)
 {
-    const bool own =
-        vt == &policy_pyramid_infer ? config->pyramid_infer.generation_block > 0 : vt->decode_attention != NULL;
     if (!kv_plain_tokens(config)) return OK;
-    if (own)
+    if (policy_reads_lanes(config, vt))
         FAIL(ERR_CONFIG,
              "kv_cache.plain_sinks, kv_cache.plain_window with kv_cache.policy %s: that policy's decode steps read "
              "lanes of one dtype; set both to 0, %s",

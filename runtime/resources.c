@@ -121,10 +121,9 @@ static int check_proven(const struct config *config, const struct policy_config 
 {
     const struct policy_vt *vt;
     TRY(policy_find(kv->policy, &vt));
-    const bool codes = kv_dtype_format(kv->dtype) != KV_PLAIN, is_pyramid = vt == &policy_pyramid_infer;
-    const bool own = vt->decode_attention && !(is_pyramid && kv->pyramid_infer.generation_block == 0);
+    const bool codes = kv_dtype_format(kv->dtype) != KV_PLAIN;
     if (config->device != CONFIG_DEVICE_CUDA) return OK;
-    if (codes && (own || kv->evicted == KV_EVICTED_HOST))
+    if (codes && (policy_reads_lanes(kv, vt) || kv->evicted == KV_EVICTED_HOST))
         FAIL(ERR_UNSUPPORTED,
              "kv_cache.dtype %s with kv_cache.policy %s%s has not been run on GPUs yet and is served on CPU ranks "
              "alone; set kv_cache.dtype to auto",
