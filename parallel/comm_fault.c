@@ -43,6 +43,7 @@ static void sleep_ms(long ms)
 static int strike(struct comm *c)
 {
     struct fault *f = c->impl;
+    f->inner->device = c->device; /* who waits there asks it */
     if (f->rank >= 0 && f->rank != c->rank) return OK;
     if (f->phase[0] && strcmp(f->phase, c->phase) != 0) return OK;
     f->seen++;

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "parallel/comm_private.h"
 #include "parallel/comm_shared.h"
 #include "parallel/shard.h"
@@ -54,14 +55,26 @@ static void back_off(unsigned round)
 
 /* The analyser knows MPI_Wait only; await is our wait. NOLINTBEGIN(clang-analyzer-optin.mpi.MPI-Checker) */
 
+/* ask_device - some twenty times a second: who waits for a message learns here that its own device is lost, for which
+ * the sender may be waiting. */
+static int ask_device(struct comm *c, double *asked)
+{
+    const double interval = 0.05, now = c->device ? clock_seconds() : 0;
+    if (!c->device || now - *asked < interval) return OK;
+    *asked = now;
+    return comm_poll(c->device);
+}
+
 /* await - `started` is what the I-call returned; waits for its request. */
 static int await(struct comm *c, const char *what, int started, MPI_Request *request, bool idle)
 {
+    double asked = c->device ? clock_seconds() : 0;
     if (started) return mpi_error(c, what, started);
     for (unsigned round = 0;; round++) {
         int done = 0, error = MPI_Test(request, &done, MPI_STATUS_IGNORE);
         if (error) return mpi_error(c, what, error);
         if (done) return OK;
+        TRY(ask_device(c, &asked));
         if (idle)
             back_off(round);
         else

@@ -468,10 +468,17 @@ static void watch(struct comm *c, _Atomic uint64_t *calls, const _Atomic int *st
     comm_watch(c->control, calls, stop_signal);
 }
 
+/* What a kernel did wrong shows in the next call about any stream. Of a stream that is being captured nothing may be
+ * asked, and nobody waits then. */
 static int poll_device(struct comm *c)
 {
     struct device *d = c->impl;
     ncclResult_t state = ncclSuccess;
+    const cudaError_t kernels = cudaStreamQuery(d->stream);
+    if (kernels == cudaErrorNotReady)
+        (void)cudaGetLastError(); /* else a later launch would report it */
+    else
+        COMM_CUDA_TRY(kernels);
     if (!d->nccl.comm) return OK;
     ncclResult_t asked = d->nccl.CommGetAsyncError(d->nccl.comm, &state);
     if (asked != ncclSuccess) state = asked;

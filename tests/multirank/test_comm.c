@@ -238,6 +238,33 @@ static void test_calls_are_counted(void)
     CHECK(atomic_load(&calls) == 2);
 }
 
+/* A device communicator that is asked how it is. */
+static int n_asked;
+
+static int count_polls(struct comm *c)
+{
+    (void)c;
+    n_asked++;
+    return OK;
+}
+
+/* Who waits for a message, between steps or within one, keeps asking its own device: some twenty times a second. */
+static void test_device_is_asked(void)
+{
+    static const struct comm_vt vt = {.poll = count_polls};
+    struct comm device = {.vt = &vt, .rank = comm->rank, .size = comm->size, .control = comm};
+    char token = 0;
+    comm->device = &device;
+    for (int idle = 0; idle < 2; idle++) {
+        n_asked = 0;
+        CHECK_OK(comm_barrier(comm));
+        if (comm->rank == 0) nap(0.6);
+        CHECK_OK(idle ? comm_broadcast_idle(comm, &token, 1, 0) : comm_broadcast(comm, &token, 1, 0));
+        CHECK(comm->rank == 0 || (n_asked >= 4 && n_asked <= 14));
+    }
+    comm->device = NULL;
+}
+
 /* Last: an injected error breaks the communicator of the one rank that it happens on, and of nobody else. */
 static void test_fault_injection(void)
 {
@@ -246,6 +273,7 @@ static void test_fault_injection(void)
     snprintf(spec, sizeof spec, "rank=%d,phase=load,call=2,action=error", comm->size - 1);
     CHECK_OK(comm_wrap_fault(&comm, spec));
     CHECK_OK(comm_all_reduce_sum(comm, tensor_1d(&x, DTYPE_F32, 1), NULL));
+    test_device_is_asked();
     comm_phase(comm, "load");
     CHECK_OK(comm_barrier(comm));
     CHECK_FAILS(comm_agree(comm, OK, "load"), ERR_COMM, "injected fault at collective 2 in load");
@@ -316,6 +344,7 @@ int main(int n, char **arguments)
                                                      {"idle ranks wake", test_idle_wakes},
                                                      {"calls are counted", test_calls_are_counted},
                                                      {"faults of a device", test_faults_of_a_device},
+                                                     {"who waits asks its device", test_device_is_asked},
                                                      {"fault injection", test_fault_injection},
                                                      {0}});
     int agreed = comm_agree(comm, rc ? status_set(ERR_BUG, __FILE__, __LINE__, "checks failed") : OK, "end");
