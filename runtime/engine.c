@@ -108,9 +108,6 @@ int engine_submit(struct engine *e, struct request *request, struct sink sink)
     if (request->n_followup && policy->env.aged)
         FAIL(ERR_REQUEST, "a follow-up is read over the lanes of what came before, which kv_cache.plain_sinks and "
                           "kv_cache.plain_window store in two parts: follow-ups are served with both 0");
-    if (request->n_followup && e->resources.kv.format != KV_PLAIN && e->resources.config.device == CONFIG_DEVICE_CUDA)
-        FAIL(ERR_REQUEST, "follow-ups over a cache in 8 bits have not been run on GPUs yet: with one, "
-                          "kv_cache.dtype has to be auto");
     if (request->n_ids > 0 && policy_runs(policy, &sequence)) {
         judging = policy_judging_rows(policy, &sequence);
         if (policy->vt->whole_prompt) judging = request->n_ids;

@@ -116,28 +116,6 @@ static bool use_format(struct resources *r, const struct policy_config *config)
     return r->kv.format != kv || r->aged.format != aged;
 }
 
-/* Code for GPUs that has been compiled and never run on one is refused, not trusted. */
-static int check_proven(const struct config *config, const struct policy_config *kv)
-{
-    const struct policy_vt *vt;
-    TRY(policy_find(kv->policy, &vt));
-    const bool codes = kv_dtype_format(kv->dtype) != KV_PLAIN;
-    if (config->device != CONFIG_DEVICE_CUDA) return OK;
-    if (codes && (policy_reads_lanes(kv, vt) || kv->evicted == KV_EVICTED_HOST))
-        FAIL(ERR_UNSUPPORTED,
-             "kv_cache.dtype %s with kv_cache.policy %s%s has not been run on GPUs yet and is served on CPU ranks "
-             "alone; set kv_cache.dtype to auto",
-             kv->dtype == KV_DTYPE_FP8 ? "fp8" : "int8", vt->name,
-             kv->evicted == KV_EVICTED_HOST ? " and kv_cache.evicted host" : "");
-    if (kv_plain_tokens(kv) > 0)
-        FAIL(ERR_UNSUPPORTED, "kv_cache.plain_sinks, kv_cache.plain_window: not run on GPUs yet, served on CPU ranks "
-                              "alone; set both to 0");
-    if (vt == &policy_cluster_kv && kv->cluster_kv.group == CLUSTER_KV_QUERY_HEAD)
-        FAIL(ERR_UNSUPPORTED, "kv_cache.cluster_kv.group query_head: not run on GPUs yet, served on CPU ranks alone; "
-                              "set it to max or mean");
-    return OK;
-}
-
 int resources_open(const struct config *config, const struct model_dims *dims, struct ops *ops, struct comm *comm,
                    struct resources *r)
 {
@@ -146,7 +124,6 @@ int resources_open(const struct config *config, const struct model_dims *dims, s
     r->dims = *dims;
     r->ops = ops;
     r->comm = comm;
-    TRY(check_proven(config, &config->kv_cache));
     TRY(resolve_limits(&r->config, dims));
     r->quantises = kv_dtype_format(config->kv_cache.dtype) != KV_PLAIN || strstr(config->other_dtypes, "fp8") ||
                    strstr(config->other_dtypes, "int8");
@@ -327,7 +304,6 @@ int resources_place(struct resources *r, struct arena *arena, const struct check
 int resources_check_policy(const struct resources *r, const struct policy_config *config)
 {
     TRY(policy_check(config));
-    TRY(check_proven(&r->config, config));
     if (kv_dtype_format(config->dtype) != KV_PLAIN && !r->quantises)
         FAIL(ERR_CONFIG, "kv_cache.dtype: the cache has no room for scales; set fp8 or int8 when the engine starts");
     if (kv_plain_tokens(config) > 0 && !r->ages)

@@ -511,5 +511,7 @@ template <typename T> __device__ static void clear_padding(const struct decode_a
 
 /* attention_stream.cu - the kernel of Hopper; the other one's twin. */
 int cuda__decode_stream(struct ops *o, enum dtype dtype, const struct decode_arguments &a) MUST_CHECK;
+/* attention_quantised_stream.cu - likewise, of attention_quantised.cu; dimensions in steps of 16. */
+int cuda__quantised_stream(struct ops *o, enum dtype dtype, const struct decode_arguments &a) MUST_CHECK;
 
 #endif

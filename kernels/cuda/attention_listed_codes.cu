@@ -62,8 +62,9 @@ __device__ static __forceinline__ void gather_listed_codes(struct gathered<HALVE
     const int end = listed.item.end, first = listed.item.first + (int)(threadIdx.x / 32) * TILE;
     const int n = first < end ? (end - first + STEP - 1) / STEP : 0; /* tiles of this warp */
     struct code_tile<HALVES> x;
-    uint4 q[PRODUCTS][HALVES][2];
-    load_code_queries<T, HALVES, PRODUCTS>(q, a.decode, listed.item.row, listed.item.head);
+    struct half_queries<HALVES, PRODUCTS> q;
+    uint32_t unit = 0;
+    load_half_queries<T, HALVES, PRODUCTS>(&q, a.decode, listed.item.row, listed.item.head);
     if (n == 0) return;
     int64_t rows = find_codes(a, listed, first), next = find_codes(a, listed, first + 2 * STEP);
     ask_listed_keys<HALVES, WIDE>(&x, kv, rows, 0, end - first);
@@ -71,7 +72,7 @@ __device__ static __forceinline__ void gather_listed_codes(struct gathered<HALVE
         const int left = end - first - i * STEP;
         float s[PRODUCTS][4];
         ask_listed_values<HALVES>(&x, kv, rows, i & 1, left);
-        score_codes<T, FORMAT, HALVES, PRODUCTS>(s, x, q, left);
+        score_codes<FORMAT, HALVES, PRODUCTS, false>(s, x, q, left);
         if (i + 1 < n) {
             if (i & 1) {
                 rows = next;
@@ -79,8 +80,9 @@ __device__ static __forceinline__ void gather_listed_codes(struct gathered<HALVE
             }
             ask_listed_keys<HALVES, WIDE>(&x, kv, rows, (i + 1) & 1, left - STEP);
         }
-        take_codes<T, FORMAT, HALVES, PRODUCTS>(g, s, x, a.decode.scale);
+        take_codes<FORMAT, HALVES, PRODUCTS>(g, &unit, s, x, a.decode.scale);
     }
+    undo_unit<HALVES, PRODUCTS>(g, unit);
 }
 
 template <typename T, enum kv_format FORMAT, int HALVES, bool WIDE, int PRODUCTS>
@@ -93,7 +95,6 @@ __global__ static void __launch_bounds__(WARPS * 32, resident_blocks(HALVES, PRO
     attend_lists<T, HALVES, PRODUCTS>(a, (struct block_part *)shared,
                                       [&](struct gathered<HALVES, PRODUCTS> *g, const struct listed_item &listed) {
                                           gather_listed_codes<T, FORMAT, HALVES, WIDE, PRODUCTS>(g, a, listed);
-                                          undo_weight_factor<FORMAT, HALVES, PRODUCTS>(g);
                                       });
 }
 

@@ -2,42 +2,6 @@
  * attention_decode.cuh's, the products attention_codes.cuh's. */
 #include "kernels/cuda/attention_codes.cuh"
 
-/* Asks for the keys of the tile whose first token has this row of codes; n_valid tokens of it are the lane's. */
-template <int HALVES, bool WIDE>
-__device__ static __forceinline__ void ask_keys(struct code_tile<HALVES> *x, const struct decode_arguments &a,
-                                                int64_t first, int n_valid)
-{
-    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4, dim = a.kv.head_dim;
-    const uint8_t *low = (const uint8_t *)a.kv.pool.data + (first + r) * dim, *high = low + 8 * dim;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        x->low[h] = read_codes<WIDE>(low, h * 64 + t * 16, dim, r < n_valid);
-        x->high[h] = read_codes<WIDE>(high, h * 64 + t * 16, dim, r + 8 < n_valid);
-    }
-    x->key_scale[0] = r < n_valid ? __ldcg(&a.kv.scale[first + r]) : 0;
-    x->key_scale[1] = r + 8 < n_valid ? __ldcg(&a.kv.scale[first + r + 8]) : 0;
-}
-
-template <int HALVES>
-__device__ static __forceinline__ void ask_values(struct code_tile<HALVES> *x, const struct decode_arguments &a,
-                                                  int64_t first, int n_valid)
-{
-    const int thread = (int)threadIdx.x % 32, r = thread / 4, t = thread % 4, dim = a.kv.head_dim;
-    first += a.kv.page_size; /* values stand behind the page's keys */
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int token = 2 * t + (i & 1) + (i & 2) * 4;
-        const uint8_t *row = (const uint8_t *)a.kv.pool.data + (first + token) * dim;
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            const int at = h * 64 + r * 8;
-            x->v[h][i] = token < n_valid && at < dim ? __ldcg((const uint2 *)(row + at)) : make_uint2(0, 0);
-        }
-    }
-    x->value_scale[0] = r < n_valid ? __ldcg(&a.kv.scale[first + r]) : 0;
-    x->value_scale[1] = r + 8 < n_valid ? __ldcg(&a.kv.scale[first + r + 8]) : 0;
-}
-
 /* The row of codes, or scale, of the first key of a tile; `pages`: the page numbers of its 32 tiles, one a thread. */
 __device__ static int64_t tile_row(const struct decode_arguments &a, const struct decode_item &item, int tile,
                                    int pages)
@@ -46,34 +10,72 @@ __device__ static int64_t tile_row(const struct decode_arguments &a, const struc
     return page * 2 * a.kv.page_size + token_of(item, tile) % a.kv.page_size;
 }
 
-/* The tokens of a piece: the next tile's keys are asked for when this one's are taken, its values after this one's. */
-template <typename T, enum kv_format FORMAT, int HALVES, bool WIDE, int PRODUCTS>
-__device__ static __forceinline__ void gather_codes(struct gathered<HALVES, PRODUCTS> *g,
+/* Asks for the keys, then the values of the tile whose first key has this row; n_valid tokens of it are the lane's. */
+template <int HALVES, bool WIDE>
+__device__ static __forceinline__ void ask_keys(struct code_tile<HALVES> *x, const struct decode_arguments &a,
+                                                int64_t row, int n_valid)
+{
+    const uint8_t *keys = (const uint8_t *)a.kv.pool.data + row * a.kv.head_dim;
+    if (n_valid >= TILE)
+        load_code_keys<HALVES, WIDE, true, true>(x, keys, a.kv.scale + row, a.kv.head_dim, n_valid);
+    else
+        load_code_keys<HALVES, WIDE, false, true>(x, keys, a.kv.scale + row, a.kv.head_dim, n_valid);
+}
+template <int HALVES>
+__device__ static __forceinline__ void ask_values(struct code_tile<HALVES> *x, const struct decode_arguments &a,
+                                                  int64_t row, int n_valid)
+{
+    row += a.kv.page_size; /* values stand behind the page's keys */
+    const uint8_t *values = (const uint8_t *)a.kv.pool.data + row * a.kv.head_dim;
+    if (n_valid >= TILE)
+        load_code_values<HALVES, true, true>(x, values, a.kv.scale + row, a.kv.head_dim, n_valid);
+    else
+        load_code_values<HALVES, false, true>(x, values, a.kv.scale + row, a.kv.head_dim, n_valid);
+}
+
+/* The first tile of a piece, if the warp has one. */
+template <int HALVES, bool WIDE>
+__device__ static __forceinline__ void ask_first(struct code_tile<HALVES> *x, const struct decode_arguments &a,
+                                                 const struct decode_item &item, int pages)
+{
+    if (tiles_of(item) == 0) return;
+    const int64_t row = tile_row(a, item, 0, pages);
+    ask_keys<HALVES, WIDE>(x, a, row, item.end - token_of(item, 0));
+    ask_values<HALVES>(x, a, row, item.end - token_of(item, 0));
+}
+
+/* The tokens of a piece, the first tile of which is on its way: the next tile's keys are asked for when this one's are
+ * taken, its values after this one's. */
+template <enum kv_format FORMAT, int HALVES, bool WIDE, int PRODUCTS>
+__device__ static __forceinline__ void gather_codes(struct gathered<HALVES, PRODUCTS> *g, struct code_tile<HALVES> *x,
                                                     const struct decode_arguments &a, const struct decode_item &item,
-                                                    const uint4 (*q)[HALVES][2])
+                                                    const struct half_queries<HALVES, PRODUCTS> &q, int pages)
 {
     const int n = tiles_of(item);
-    struct code_tile<HALVES> x;
-    int pages = pages_from(a, item, 0), ahead = pages_from(a, item, 32);
-    if (n == 0) return;
-    int64_t row = tile_row(a, item, 0, pages);
-    ask_keys<HALVES, WIDE>(&x, a, row, item.end - token_of(item, 0));
-    ask_values<HALVES>(&x, a, row, item.end - token_of(item, 0));
+    uint32_t unit = 0;
+    int ahead = pages_from(a, item, 32);
     for (int i = 0; i < n; i++) {
         const int n_valid = item.end - token_of(item, i), next_valid = n_valid - WARPS * TILE;
         const bool more = i + 1 < n;
+        int64_t row = 0;
         float s[PRODUCTS][4];
-        score_codes<T, FORMAT, HALVES, PRODUCTS>(s, x, q, n_valid);
+        if (n_valid >= TILE)
+            score_codes<FORMAT, HALVES, PRODUCTS, true>(s, *x, q, n_valid);
+        else
+            score_codes<FORMAT, HALVES, PRODUCTS, false>(s, *x, q, n_valid);
         if (more) {
             if ((i + 1) % 32 == 0) pages = ahead, ahead = pages_from(a, item, i + 33);
             row = tile_row(a, item, i + 1, pages);
-            ask_keys<HALVES, WIDE>(&x, a, row, next_valid);
+            ask_keys<HALVES, WIDE>(x, a, row, next_valid);
         }
-        take_codes<T, FORMAT, HALVES, PRODUCTS>(g, s, x, a.scale);
-        if (more) ask_values<HALVES>(&x, a, row, next_valid);
+        take_codes<FORMAT, HALVES, PRODUCTS>(g, &unit, s, *x, a.scale);
+        if (more) ask_values<HALVES>(x, a, row, next_valid);
     }
+    undo_unit<HALVES, PRODUCTS>(g, unit);
 }
 
+/* The first tile is asked for before the step's append has ended, where it holds nothing of it: as in
+ * attention_decode.cu. */
 template <typename T, enum kv_format FORMAT, int HALVES, bool WIDE, int PRODUCTS>
 __global__ static void __launch_bounds__(WARPS * 32, resident_blocks(HALVES, PRODUCTS))
     quantised_kernel(struct decode_arguments a)
@@ -82,19 +84,40 @@ __global__ static void __launch_bounds__(WARPS * 32, resident_blocks(HALVES, PRO
     int *ends = (int *)shared; /* items up to and with each head */
     struct block_part *part = (struct block_part *)(shared + (a.n_kv_heads + 3) / 4 * 16);
     let_successor_start();
-    wait_for_predecessor();
-    clear_padding<T>(a);
+    const bool padding = has_padding(a);
     list_ends(a, ends);
     const int n_items = ends[a.n_kv_heads - 1], end = first_item(n_items, (int)blockIdx.x + 1);
-    for (int at = first_item(n_items, (int)blockIdx.x); at < end; at++) {
-        const struct decode_item item = fetch_item(a, ends, at);
+    int at = first_item(n_items, (int)blockIdx.x), pages = 0;
+    struct code_tile<HALVES> x;
+    struct decode_item item = {};
+    bool early = false;
+    if (at < end) {
+        item = fetch_item(a, ends, at);
+        pages = pages_from(a, item, 0);
+        early = tile_is_old(item, 0);
+    }
+    if (early) ask_first<HALVES, WIDE>(&x, a, item, pages);
+    wait_for_predecessor();
+    if (padding) clear_padding<T>(a);
+    if (at >= end) return;
+    if (ends_in_new_page(a, item)) pages = pages_from(a, item, 0);
+    if (!early) ask_first<HALVES, WIDE>(&x, a, item, pages);
+    for (;;) {
         struct gathered<HALVES, PRODUCTS> g;
-        uint4 q[PRODUCTS][HALVES][2];
+        struct half_queries<HALVES, PRODUCTS> q;
         begin_gathering<HALVES, PRODUCTS>(&g);
-        load_code_queries<T, HALVES, PRODUCTS>(q, a, item.row, item.head);
-        gather_codes<T, FORMAT, HALVES, WIDE, PRODUCTS>(&g, a, item, q);
-        undo_weight_factor<FORMAT, HALVES, PRODUCTS>(&g);
-        finish_item<T, HALVES, PRODUCTS>(a, part, &g, item, [] {});
+        load_half_queries<T, HALVES, PRODUCTS>(&q, a, item.row, item.head);
+        gather_codes<FORMAT, HALVES, WIDE, PRODUCTS>(&g, &x, a, item, q, pages);
+        const struct decode_item done = item;
+        const bool more = ++at < end;
+        if (more) {
+            item = fetch_item(a, ends, at);
+            pages = pages_from(a, item, 0);
+        }
+        finish_item<T, HALVES, PRODUCTS>(a, part, &g, done, [&] {
+            if (more) ask_first<HALVES, WIDE>(&x, a, item, pages);
+        });
+        if (!more) return;
     }
 }
 
@@ -191,6 +214,9 @@ int cuda__attention_pieces(struct ops *o, struct tensor out, struct tensor q, fl
     a.scale = heads->scale * 1.44269504088896f;
     a.item = (const int4 *)item, a.count = count;
     a.counter = c->counter;
+    /* The same bits by either kernel; which one, as for plain lanes. */
+    if (c->arch == 90 && batch->n_seqs > CUDA_FEW_ROWS && kv->head_dim % 16 == 0)
+        return cuda__quantised_stream(o, q.dtype, a);
     WITH_TYPE(q.dtype, T,
               return kv->format == KV_INT8 ? launch_for_group<T, KV_INT8>(o, a) : launch_for_group<T, KV_FP8>(o, a));
 }
