@@ -2,7 +2,8 @@
  * implementations, kernels/cpu (plain C and OpenBLAS, the reference) and kernels/cuda.
  *
  * Callers use the ops_* functions below: they check shapes and dtypes once, for all backends, and call the table.
- * Ops run in order on o->stream and return before a GPU has finished; only ops_finish and ops_download wait.
+ * Ops run in order on o->stream (but see ops_aside_begin) and return before a GPU has finished; only ops_finish and
+ * ops_download wait.
  * Pointers and tensor data are memory of the backend ("device") unless a comment says host. Nothing allocates:
  * backends take their scratch at ops_reserve.
  *
@@ -229,13 +230,14 @@ enum { MOST_CLUSTERS = 4096 /* of a lane */ };
  * each query head's own, for a list of its own. */
 enum cluster_kv_group { CLUSTER_KV_MAX, CLUSTER_KV_MEAN, CLUSTER_KV_QUERY_HEAD };
 
-/* Entries of all clustered lanes of a slot that become clusters of their own: a run, or listed ones that are about to
- * go to host memory, the i-th as entry i of the lane there. */
+/* Entries of clustered lanes of a slot that become clusters of their own: a run, or listed ones that are about to go to
+ * host memory, the i-th as entry i of the lane there. */
 struct cluster_job {
     int slot, first_entry, n_entries; /* with a list first_entry is 0, and a lane has at most so many */
     int first_cluster, n_clusters;    /* the clusters that they become; with a list at most so many */
     int first_place;                  /* where in kv_clusters.entry they go: the entries clustered before */
     int iterations;
+    int first_lane, n_lanes; /* which of the clusters' lanes; 0 lanes: all of them */
     const int32_t
         *centre; /* [n_lanes, n_clusters] device: the first centres, as numbers 0 .. n_entries - 1 of entries */
     const int32_t *index;              /* [n_lanes, index_stride] device, ascending entries; NULL: a run */
@@ -312,6 +314,8 @@ struct ops_vt {
     size_t (*graph_bytes)(const struct ops *o, int n_layers);
     int (*mark)(struct ops *o, int i);
     int (*download_marked)(struct ops *o, void *to_host, const void *from, size_t bytes, int i);
+    int (*aside_begin)(struct ops *o), (*aside_join)(struct ops *o); /* NULL, all three: all ops run in their order */
+    void (*aside_end)(struct ops *o);
     int (*ceilings)(struct ops *o, size_t weight_bytes, struct ops_ceilings *out);
     int (*fill_normal)(struct ops *o, struct tensor w, uint64_t key, float std, int64_t first_row, int64_t first_column,
                        int64_t whole_columns);

@@ -48,6 +48,10 @@ int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_cl
     if (job->first_place < 0 || job->first_place > clusters->max_entries - job->n_entries)
         FAIL(ERR_ARG, "%s: %d entries go to places from %d on, there is room for %d", op, job->n_entries,
              job->first_place, clusters->max_entries);
+    if (job->first_lane < 0 || job->n_lanes < 0 || job->first_lane > clusters->n_lanes - job->n_lanes ||
+        (!job->n_lanes && job->first_lane))
+        FAIL(ERR_ARG, "%s: a job of %d lanes from %d on, clusters are of %d", op, job->n_lanes, job->first_lane,
+             clusters->n_lanes);
     if (job->iterations < 1) FAIL(ERR_ARG, "%s: %d iterations, expected at least 1", op, job->iterations);
     POINTER(job->centre);
     if (job->index && (job->first_entry || job->index_stride < job->n_entries))
@@ -56,6 +60,15 @@ int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_cl
     if (job->index) POINTER(job->count);
     return o->vt->cluster_keys(o, kv, clusters, job);
 }
+
+int ops_aside_begin(struct ops *o) { return o->vt->aside_begin ? o->vt->aside_begin(o) : OK; }
+
+void ops_aside_end(struct ops *o)
+{
+    if (o->vt->aside_end) o->vt->aside_end(o);
+}
+
+int ops_aside_join(struct ops *o) { return o->vt->aside_join ? o->vt->aside_join(o) : OK; }
 
 int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
                         enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,

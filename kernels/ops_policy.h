@@ -27,6 +27,14 @@ size_t ops_cluster_bytes(const struct ops *o, int n_lanes, int head_dim, int max
  * a lane in an 8-bit format are what its codes and scales stand for. */
 int ops_cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_clusters *clusters,
                      const struct cluster_job *job) MUST_CHECK;
+/* ops_aside_begin, ops_aside_end - what is issued between them runs after all that was issued before, beside what is
+ * issued behind them, and in order with what runs aside already. ops_aside_join - what follows comes after all that ran
+ * aside; before it nobody writes what that reads, or touches what it writes. Only ops that use none of the backend's
+ * scratch: ops_upload, ops_zero, ops_cluster_keys (which has clusters.work). Not within a captured step. Whoever began
+ * ends, also when an op failed between. Without a second stream to run them in, ops run in the order they come in. */
+int ops_aside_begin(struct ops *o) MUST_CHECK;
+void ops_aside_end(struct ops *o);
+int ops_aside_join(struct ops *o) MUST_CHECK;
 /* ops_select_clusters - what a decode step attends to (struct kv_list): for each row and KV head (or, by query head,
  * for each row and query head) the entries before the clustered ones, `budget` of the clustered ones (all, if there are
  * fewer), and all behind them. Clusters come in falling order of their scores (enum cluster_kv_group; equal: the lower

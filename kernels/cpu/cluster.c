@@ -132,7 +132,8 @@ static void cluster_lane(const struct lane_job *a, const int32_t *centre)
 
 static int check_job(const struct kv_view *kv, const struct kv_clusters *clusters, const struct cluster_job *job, int i)
 {
-    const int lane = job->slot * kv->lanes_per_slot + clusters->first_lane + i, length = kv->lane_len[lane];
+    const int lane = job->slot * kv->lanes_per_slot + clusters->first_lane + job->first_lane + i;
+    const int length = kv->lane_len[lane];
     const struct cluster_count n = job->index ? job->count[i] : (struct cluster_count){job->n_entries, job->n_clusters};
     if (n.n_entries < 0 || n.n_entries > job->n_entries || n.n_clusters > job->n_clusters ||
         n.n_clusters > n.n_entries || (n.n_entries > 0 && n.n_clusters < 1))
@@ -150,18 +151,19 @@ int cpu__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_c
                       const struct cluster_job *job)
 {
     const struct cpu *c = cpu__of(o);
-    const int dim = kv->head_dim;
+    const int dim = kv->head_dim, n_lanes = job->n_lanes ? job->n_lanes : clusters->n_lanes;
     const size_t bytes = cpu__cluster_bytes(o, clusters->n_lanes, dim, clusters->max_entries, clusters->max_clusters);
-    for (int i = 0; i < clusters->n_lanes; i++) TRY(check_job(kv, clusters, job, i));
+    for (int i = 0; i < n_lanes; i++) TRY(check_job(kv, clusters, job, i));
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c->n_threads) reduction(| : failed)
-    for (int i = 0; i < clusters->n_lanes; i++) {
-        const int64_t row = (int64_t)job->slot * clusters->n_lanes + i, first = row * clusters->max_clusters;
+    for (int i = 0; i < n_lanes; i++) {
+        const int64_t row = (int64_t)job->slot * clusters->n_lanes + job->first_lane + i;
+        const int64_t first = row * clusters->max_clusters;
         struct arena arena;
         struct lane_job a = {.vector = c->vector,
                              .kv = kv,
                              .job = job,
-                             .lane = job->slot * kv->lanes_per_slot + clusters->first_lane + i,
+                             .lane = job->slot * kv->lanes_per_slot + clusters->first_lane + job->first_lane + i,
                              .centroid = cpu__row(clusters->centroid, row) + (int64_t)job->first_cluster * dim,
                              .size = clusters->size + first + job->first_cluster,
                              .n_entries = job->index ? job->count[i].n_entries : job->n_entries,

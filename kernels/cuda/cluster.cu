@@ -402,21 +402,22 @@ int cuda__cluster_keys(struct ops *o, const struct kv_view *kv, const struct kv_
 {
     struct cluster_arguments a = {};
     struct arena arena;
-    const int n_lanes = clusters->n_lanes, even = (job->n_entries + MOST_CHUNKS - 1) / MOST_CHUNKS;
+    const int n_lanes = job->n_lanes ? job->n_lanes : clusters->n_lanes,
+              even = (job->n_entries + MOST_CHUNKS - 1) / MOST_CHUNKS;
     if (kv->head_dim % 8 || kv->head_dim > WIDEST || n_lanes > 65535)
         FAIL(ERR_UNSUPPORTED, "cuda: clusters of keys of %d dimensions in %d lanes, served are steps of 8 up to %d",
              kv->head_dim, n_lanes, WIDEST);
     a.kv = *kv;
     a.job = *job;
-    a.first_lane = job->slot * kv->lanes_per_slot + clusters->first_lane;
-    a.first_row = (int64_t)job->slot * n_lanes;
+    a.first_lane = job->slot * kv->lanes_per_slot + clusters->first_lane + job->first_lane;
+    a.first_row = (int64_t)job->slot * clusters->n_lanes + job->first_lane;
     a.max_clusters = clusters->max_clusters, a.max_entries = clusters->max_entries;
     a.centroid = clusters->centroid.data, a.size = clusters->size, a.entry = clusters->entry;
     a.width = width_of(kv->head_dim);
     a.chunk = even < SHORTEST_CHUNK ? SHORTEST_CHUNK : (even + WARP - 1) / WARP * WARP;
     a.n_chunks = (job->n_entries + a.chunk - 1) / a.chunk;
     arena_init(&arena, clusters->work,
-               cuda__cluster_bytes(o, n_lanes, kv->head_dim, clusters->max_entries, clusters->max_clusters));
+               cuda__cluster_bytes(o, clusters->n_lanes, kv->head_dim, clusters->max_entries, clusters->max_clusters));
     TRY(place_work(n_lanes, kv->head_dim, job->n_entries, a.n_chunks, job->n_clusters, &arena, &a));
     WITH_TYPE(o->dtype, T, return cluster_keys<T>(o, a, n_lanes));
 }

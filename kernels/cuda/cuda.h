@@ -1,10 +1,11 @@
 /* cuda - the CUDA backend's state and its ops, one file a family; the table stands in ops_cuda.c.
  *
  * Activations and weights are bfloat16 or float16 (o->dtype), accumulation is float32. Everything runs in order on one
- * stream. Results depend on shapes and lengths alone, never on the other rows of a batch or on timing: no atomics on
- * floats, fixed splits. Scratch is one block, reserved for the greediest op and laid out anew by each call
- * (cuda__scratch); what must live longer (the decode step's work list, counters that stay zero between launches) has
- * places of its own. Nothing is allocated after ops_reserve. */
+ * stream, but for what runs aside: between ops_aside_begin and ops_aside_end `stream` and `aside` change places, and
+ * o->stream, which communicators know, stays. Results depend on shapes and lengths alone, never on the other rows of a
+ * batch or on timing: no atomics on floats, fixed splits. Scratch is one block, reserved for the greediest op and laid
+ * out anew by each call (cuda__scratch); what must live longer (the decode step's work list, counters that stay zero
+ * between launches) has places of its own. Nothing is allocated after ops_reserve. */
 #ifndef VITRAIL_KERNELS_CUDA_CUDA_H
 #define VITRAIL_KERNELS_CUDA_CUDA_H
 
@@ -30,6 +31,10 @@ struct cuda {
     int max_shared_bytes; /* of a block that asks for it */
     bool capturing;       /* a decode step is being recorded: launches do not run */
     cudaStream_t stream;
+    cudaStream_t aside;         /* of ops_aside_begin */
+    cudaEvent_t aside_event[2]; /* where it begins and where it joins */
+    bool is_aside, ran_aside;   /* the streams have changed places; something ran aside since the last join */
+    bool behind_event;          /* the next kernel waits for all that stands before it in its stream */
     cudaEvent_t mark[CUDA_MARKS];
     cudaStream_t copy_stream; /* downloads of marked results, beside the ops */
     void *scratch;
@@ -85,6 +90,14 @@ int cuda__attention_quantised(struct ops *o, struct tensor out, struct tensor q,
 int cuda__attention_pieces(struct ops *o, struct tensor out, struct tensor q, float *log_sum,
                            const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
                            const int32_t *item, const int32_t *count) MUST_CHECK;
+
+/* aside.c - the second stream: see ops_aside_begin. cuda__drain - waits for both, before memory is given back. */
+int cuda__aside_open(struct cuda *c) MUST_CHECK;
+void cuda__aside_close(struct cuda *c);
+int cuda__aside_begin(struct ops *o);
+void cuda__aside_end(struct ops *o);
+int cuda__aside_join(struct ops *o);
+void cuda__drain(const struct cuda *c);
 
 /* upload.c - copies through a ring of pinned pieces, so that the caller's memory is free on return and nothing waits
  * unless the ring is full. */

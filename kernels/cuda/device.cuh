@@ -160,7 +160,7 @@ template <typename... P, typename... A>
 static int cuda__launch(struct ops *o, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
                         A... args)
 {
-    const struct cuda *c = cuda__of(o);
+    struct cuda *c = cuda__of(o);
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute early = {};
     config.gridDim = grid;
@@ -170,7 +170,8 @@ static int cuda__launch(struct ops *o, const char *name, void (*kernel)(P...), d
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &early;
-    config.numAttrs = c->arch >= 90 ? 1 : 0;
+    config.numAttrs = c->arch >= 90 && !c->behind_event ? 1 : 0;
+    c->behind_event = false;
     cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
     return error == cudaSuccess ? OK : cuda__failed(name, error);
 }

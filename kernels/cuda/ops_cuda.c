@@ -48,6 +48,7 @@ static int open_parts(struct ops *o, struct cuda *c)
     TRY(check_device(c));
     CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&c->copy_stream, cudaStreamNonBlocking));
+    TRY(cuda__aside_open(c));
     for (int i = 0; i < CUDA_MARKS; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->mark[i], cudaEventDisableTiming));
     o->stream = c->stream;
     TRY(cuda__upload_open(c));
@@ -76,13 +77,15 @@ static void close_cuda(struct ops *o)
         free(c);
         return;
     }
-    if (c->stream) (void)cudaStreamSynchronize(c->stream);
+    cuda__aside_end(o);
+    cuda__drain(c);
     cuda__graphs_close(c);
     cuda__linear_close(c);
     cuda__upload_close(c);
     if (c->scratch) (void)cudaFree(c->scratch);
     for (int i = 0; i < CUDA_MARKS; i++)
         if (c->mark[i]) (void)cudaEventDestroy(c->mark[i]);
+    cuda__aside_close(c);
     if (c->copy_stream) (void)cudaStreamDestroy(c->copy_stream);
     if (c->stream) (void)cudaStreamDestroy(c->stream);
     free(c);
@@ -123,7 +126,7 @@ static int memory_take(struct ops *o, size_t bytes, void **out)
 static void memory_give_back(struct ops *o, void *memory, size_t bytes)
 {
     (void)bytes;
-    (void)cudaStreamSynchronize(cuda__of(o)->stream);
+    cuda__drain(cuda__of(o));
     (void)cudaFree(memory);
 }
 
@@ -151,7 +154,7 @@ static int host_take(struct ops *o, size_t bytes, void **out)
 static void host_give_back(struct ops *o, void *memory, size_t bytes)
 {
     (void)bytes;
-    (void)cudaStreamSynchronize(cuda__of(o)->stream);
+    cuda__drain(cuda__of(o));
     (void)cudaFreeHost(memory);
 }
 
@@ -167,7 +170,11 @@ static int zero(struct ops *o, void *to, size_t bytes)
     return OK;
 }
 
-static int finish(struct ops *o) { return cuda__await(o, cuda__of(o)->stream, NULL); }
+static int finish(struct ops *o)
+{
+    TRY(cuda__aside_join(o));
+    return cuda__await(o, cuda__of(o)->stream, NULL);
+}
 
 static int mark(struct ops *o, int i)
 {
@@ -316,6 +323,9 @@ const struct ops_vt ops_cuda = {
     .graph_bytes = cuda__graph_bytes,
     .mark = mark,
     .download_marked = download_marked,
+    .aside_begin = cuda__aside_begin,
+    .aside_join = cuda__aside_join,
+    .aside_end = cuda__aside_end,
     .ceilings = cuda__ceilings,
     .fill_normal = cuda__fill_normal,
     .embed = cuda__embed,

@@ -1,5 +1,6 @@
 /* Copies between host and device. Uploads go through a ring of pinned pieces: the caller's memory is free on return,
- * small ones of one step share a piece, and the host waits only when it is a whole ring ahead of the device. */
+ * small ones of one step share a piece, also those that run aside, and the host waits only when it is a whole ring
+ * ahead of the device. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,7 +10,7 @@ enum { PIECES = 4, PIECE_BYTES = 8 << 20, UPLOAD_ALIGNMENT = 64 };
 
 struct cuda_upload {
     char *pinned;
-    cudaEvent_t done[PIECES]; /* the copies out of a piece */
+    cudaEvent_t done[PIECES][2]; /* the copies out of a piece, of either stream */
     bool recorded[PIECES];
     int piece;
     size_t used;
@@ -20,7 +21,8 @@ int cuda__upload_open(struct cuda *c)
     c->upload = calloc(1, sizeof *c->upload);
     if (!c->upload) FAIL(ERR_NOMEM, "cuda: out of host memory");
     CUDA_TRY(cudaHostAlloc((void **)&c->upload->pinned, (size_t)PIECES * PIECE_BYTES, cudaHostAllocDefault));
-    for (int i = 0; i < PIECES; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->upload->done[i], cudaEventDisableTiming));
+    for (int i = 0; i < 2 * PIECES; i++)
+        CUDA_TRY(cudaEventCreateWithFlags(&c->upload->done[i / 2][i % 2], cudaEventDisableTiming));
     return OK;
 }
 
@@ -28,8 +30,8 @@ void cuda__upload_close(struct cuda *c)
 {
     struct cuda_upload *u = c->upload;
     if (!u) return;
-    for (int i = 0; i < PIECES; i++)
-        if (u->done[i]) (void)cudaEventDestroy(u->done[i]);
+    for (int i = 0; i < 2 * PIECES; i++)
+        if (u->done[i / 2][i % 2]) (void)cudaEventDestroy(u->done[i / 2][i % 2]);
     if (u->pinned) (void)cudaFreeHost(u->pinned);
     free(u);
     c->upload = NULL;
@@ -39,11 +41,13 @@ static int next_piece(struct ops *o)
 {
     struct cuda *c = cuda__of(o);
     struct cuda_upload *u = c->upload;
-    CUDA_TRY(cudaEventRecord(u->done[u->piece], c->stream));
+    CUDA_TRY(cudaEventRecord(u->done[u->piece][0], c->stream));
+    CUDA_TRY(cudaEventRecord(u->done[u->piece][1], c->aside));
     u->recorded[u->piece] = true;
     u->piece = (u->piece + 1) % PIECES;
     u->used = 0;
-    return u->recorded[u->piece] ? cuda__await(o, c->stream, u->done[u->piece]) : OK;
+    for (int i = 0; i < 2 && u->recorded[u->piece]; i++) TRY(cuda__await(o, c->stream, u->done[u->piece][i]));
+    return OK;
 }
 
 int cuda__upload(struct ops *o, void *to, const void *from_host, size_t bytes)
