@@ -14,6 +14,11 @@ int cluster_kv_count(const struct cluster_kv_options *options, int m, int n_keys
 /* cluster_kv_most - the most clusters that a lane of at most max_context tokens can come to. */
 int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_context);
 
+/* cluster_kv_next_piece - how many entries from *at on are clustered together, and how many clusters they become; *at
+ * moves behind them. A prompt's pieces begin behind its sinks and end with it. */
+struct cluster_count cluster_kv_next_piece(const struct cluster_kv_options *options,
+                                           const struct policy_sequence *sequence, int *at);
+
 /* cluster_kv_recall_counts - see policy_recall_counts. */
 const int64_t *cluster_kv_recall_counts(const struct policy *policy);
 

@@ -6,6 +6,8 @@
  * a KV head or of each query head: where the entries lie is not this file's business. KV heads are clustered one by one
  * and seeded by their number over all ranks, so nothing is said between ranks. A prompt's last text tokens may be
  * clusters of one token each (single_text): a key of text that lies among those of image patches is lost in their mean.
+ * A long prompt's layers are clustered one by one, beside the layers that follow, a short one's together at its end:
+ * the same clusters.
  *
  * With kv_cache.evicted: host the prompt's clustered tokens lie in host memory and the lanes keep the sinks and what is
  * generated. What the lists then name is an entry of either. The same stands beside a policy that evicts: it clusters
@@ -19,12 +21,18 @@
 
 static const char label[] = "policy state";
 
+/* Keys of a lane from which on, for each piece of the prompt, a layer's lanes are clustered by themselves: fewer leave
+ * most of a GPU idle (a block takes 256 keys of a lane), and each layer's launches take longer than to cluster all
+ * layers at once. */
+enum { LEAST_ASIDE = 4096 };
+
 /* Host's view of a slot. */
 struct slot {
     bool runs;
     int n_waiting; /* generated tokens that wait for their window, behind the clustered ones */
     int n_blocks;
     uint64_t seed;
+    int clustered; /* of a prompt in its last step: layers below this one have their clusters */
 };
 
 struct cluster_kv {
@@ -62,71 +70,6 @@ const struct kv_clusters *cluster_kv_clusters(const struct policy *policy)
 }
 
 static int least(int a, int b) { return a < b ? a : b; }
-
-int cluster_kv_count(const struct cluster_kv_options *options, int m, int n_keys)
-{
-    int n = m / options->tokens_per_cluster;
-    return least(n > 1 ? n : 1, n_keys);
-}
-
-/* A prompt of m tokens and what is generated behind it: m / per + (max_context - m) / window * new is largest at one of
- * its ends; a short prompt has a cluster all the same. Single tokens cut a prompt into at most one piece more than they
- * are, each of which may be too short for the cluster that it gets. */
-int64_t cluster_kv_most(const struct cluster_kv_options *options, int max_context)
-{
-    int64_t prompt = max_context / options->tokens_per_cluster;
-    int64_t generated = (int64_t)max_context * least(options->window_clusters, options->window) / options->window;
-    int64_t singles = options->single_text ? 2 * (int64_t)options->single_text + 1 : 0;
-    return least(max_context, (int)((prompt > generated ? prompt : generated) + 1 + singles));
-}
-
-/* ---- a prompt's pieces ---- */
-
-/* Where the last `n` text tokens begin, at `first` or behind it. */
-static int singles_from(const struct policy_sequence *sequence, int first, int n)
-{
-    int at = sequence->prompt_tokens;
-    for (int i = sequence->n_spans; i >= 0 && at > first; i--) {
-        const int behind = i ? sequence->spans[i - 1].end : 0, start = behind > first ? behind : first;
-        if (at - start >= n) return at - n;
-        n -= at - start;
-        at = i ? sequence->spans[i - 1].start : first;
-    }
-    return first;
-}
-
-/* The end of what from `at` on is clustered together: all before `singles`, the first text token that is to be single;
- * from there images that follow each other, and runs of single tokens. */
-static int piece_end(const struct policy_sequence *sequence, int at, int singles, bool *single)
-{
-    int end = at;
-    *single = false;
-    if (at < singles) return singles;
-    for (int i = 0; i < sequence->n_spans; i++) {
-        const struct image_span *span = &sequence->spans[i];
-        if (span->end <= end) continue;
-        if (span->start > end && end > at) return end;
-        *single = span->start > end;
-        if (*single) return span->start;
-        end = span->end;
-    }
-    *single = end == at;
-    return *single ? sequence->prompt_tokens : end;
-}
-
-/* How many clusters the next piece of a prompt becomes, of keys from *at on; *at moves behind it. */
-static struct cluster_count next_piece(const struct cluster_kv_options *options, const struct policy_sequence *sequence,
-                                       int *at)
-{
-    const int m = sequence->prompt_tokens, from = *at, n_single = options->single_text;
-    bool single = false;
-    if (!n_single)
-        *at = m;
-    else
-        *at = piece_end(sequence, from, singles_from(sequence, least(options->sinks, m), n_single), &single);
-    const int n = *at - from;
-    return (struct cluster_count){n, single ? n : cluster_kv_count(options, n_single ? n : m, n)};
-}
 
 /* ---- state ---- */
 
@@ -272,47 +215,93 @@ static int send_state(struct policy *policy, int slot)
     return ops_upload(policy->env.ops, s->clusters.state + (size_t)slot * n, lanes_of(s, slot), n * sizeof *s->lane);
 }
 
-/* The first centres of all lanes, n_clusters of each: lane i's first n[i].n_clusters among its n[i].n_entries entries
- * (n NULL: all lanes as `each`), the rest unused. block: 0 for the prompt (or its first piece), then 1, 2, ... */
-static int draw_centres(struct policy *policy, int slot, const struct cluster_count *n, struct cluster_count each,
-                        int block)
+/* Layers first .. end - 1, or their lanes, counted from the clusters' first one. */
+struct range {
+    int first, end;
+};
+
+static struct range all_layers(const struct policy *policy)
+{
+    return (struct range){policy->config.cluster_kv.full_layers, policy->env.n_layers};
+}
+
+static struct range lanes_in(const struct policy *policy, struct range layers)
+{
+    const struct cluster_kv *s = policy->state;
+    struct range lanes = {0, 0};
+    if (layers.first >= layers.end) return lanes;
+    lanes.first = lanes.end = policy->env.layers[layers.first].heads.lane - s->clusters.first_lane;
+    for (int l = layers.first; l < layers.end; l++) lanes.end += policy->env.layers[l].heads.n_kv_heads;
+    return lanes;
+}
+
+/* The first centres of these layers' lanes, n_clusters of each: lane i's first n[i].n_clusters among its n[i].n_entries
+ * entries (n NULL: all lanes as `each`), the rest unused. block: 0 for the prompt (or its first piece), then 1, ... */
+static int draw_centres(struct policy *policy, int slot, struct range layers, const struct cluster_count *n,
+                        struct cluster_count each, int block)
 {
     struct cluster_kv *s = policy->state;
     const struct policy_env *env = &policy->env;
     int32_t *centre = s->host_centre;
-    for (int l = policy->config.cluster_kv.full_layers; l < env->n_layers; l++)
+    for (int l = layers.first; l < layers.end; l++)
         for (int h = 0; h < env->layers[l].heads.n_kv_heads; h++, centre += each.n_clusters) {
             const struct cluster_count own = n ? *n++ : each;
             struct choose_stream stream = choose_stream(s->slot[slot].seed, l, env->layers[l].first_kv_head + h, block);
             choose(&stream, own.n_entries, own.n_clusters, s->drawing);
             for (int c = 0; c < each.n_clusters; c++) centre[c] = c < own.n_clusters ? s->drawing[c] : 0;
         }
-    return ops_upload(env->ops, s->centre, s->host_centre,
-                      (size_t)s->clusters.n_lanes * (size_t)each.n_clusters * sizeof *s->centre);
+    return ops_upload(env->ops, s->centre, s->host_centre, (size_t)(centre - s->host_centre) * sizeof *centre);
 }
 
-/* The next entries of all lanes, which are alike, become clusters. Where each is one, the first round is the last. */
-static int cluster_block(struct policy *policy, int slot, struct cluster_count n, int block)
+/* Entries that become clusters together, alike in all lanes. */
+struct block {
+    int number;
+    struct cluster_count n;
+    int first_entry, first_cluster, first_place; /* as in struct cluster_job */
+};
+
+/* Where each entry is a cluster, the first round is the last. */
+static int cluster_block(struct policy *policy, int slot, struct range layers, const struct block *block)
 {
     struct cluster_kv *s = policy->state;
-    struct cluster_state *lane = lanes_of(s, slot);
-    const int iterations = n.n_clusters == n.n_entries ? 1 : policy->config.cluster_kv.iterations;
-    if (!s->clusters.n_lanes) return OK;
-    TRY(draw_centres(policy, slot, NULL, n, block));
+    const struct range lanes = lanes_in(policy, layers);
+    const bool singles = block->n.n_clusters == block->n.n_entries;
+    if (lanes.first == lanes.end) return OK;
+    TRY(draw_centres(policy, slot, layers, NULL, block->n, block->number));
     const struct cluster_job job = {.slot = slot,
-                                    .first_entry = lane->end,
-                                    .n_entries = n.n_entries,
-                                    .first_cluster = lane->n_clusters,
-                                    .n_clusters = n.n_clusters,
-                                    .first_place = lane->n_host + lane->end - lane->first,
-                                    .iterations = iterations,
+                                    .first_entry = block->first_entry,
+                                    .n_entries = block->n.n_entries,
+                                    .first_cluster = block->first_cluster,
+                                    .n_clusters = block->n.n_clusters,
+                                    .first_place = block->first_place,
+                                    .iterations = singles ? 1 : policy->config.cluster_kv.iterations,
+                                    .first_lane = lanes.first,
+                                    .n_lanes = lanes.end - lanes.first,
                                     .centre = s->centre};
-    TRY(ops_cluster_keys(policy->env.ops, policy->env.kv, &s->clusters, &job));
-    for (int i = 0; i < s->clusters.n_lanes; i++) {
-        lane[i].end += n.n_entries;
-        lane[i].n_clusters += n.n_clusters;
+    return ops_cluster_keys(policy->env.ops, policy->env.kv, &s->clusters, &job);
+}
+
+/* A prompt's pieces in these layers; *next: the block that would come behind them. */
+static int cluster_prompt(struct policy *policy, const struct policy_sequence *sequence, struct range layers,
+                          struct block *next)
+{
+    const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    const int m = sequence->prompt_tokens, first = least(options->sinks, m);
+    *next = (struct block){.first_entry = first};
+    for (int at = first; at < m; next->number++) {
+        next->n = cluster_kv_next_piece(options, sequence, &at);
+        TRY(cluster_block(policy, sequence->slot, layers, next));
+        next->first_entry = at;
+        next->first_place = at - first;
+        next->first_cluster += next->n.n_clusters;
     }
     return OK;
+}
+
+static void extend_lanes(struct cluster_kv *s, int slot, int end, int n_clusters)
+{
+    struct cluster_state *lane = lanes_of(s, slot);
+    for (int i = 0; i < s->clusters.n_lanes; i++) lane[i].end = end, lane[i].n_clusters = n_clusters;
 }
 
 /* Clustered tokens that a step attends to: the policy's budget, or the recall's where another policy evicts. */
@@ -343,22 +332,55 @@ static int forget_recent(struct policy *policy, int slot)
     return ops_zero(policy->env.ops, r->counts + 2 * slot, 2 * sizeof *r->counts);
 }
 
+/* Whether a prompt's layers are clustered one by one. */
+static bool goes_aside(const struct policy *policy, const struct policy_sequence *sequence)
+{
+    const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    const int m = sequence->prompt_tokens, first = least(options->sinks, m);
+    int64_t n_means = 0; /* pieces with rounds of k-means */
+    if (policy->env.host || policy->beside || sequence->continues || m - first < LEAST_ASIDE) return false;
+    for (int at = first; at < m;) {
+        const struct cluster_count n = cluster_kv_next_piece(options, sequence, &at);
+        n_means += n.n_clusters < n.n_entries;
+    }
+    return m - first >= n_means * LEAST_ASIDE;
+}
+
+/* All keys of the prompt are in the layer's lanes, and stay as they are until cluster_kv_begin has joined. */
+static int cluster_kv_prefill_layer(struct policy *policy, const struct policy_sequence *sequence,
+                                    const struct policy_prefill *in)
+{
+    struct cluster_kv *s = policy->state;
+    struct block next;
+    const int full = policy->config.cluster_kv.full_layers;
+    if (in->layer < full || !goes_aside(policy, sequence)) return OK;
+    if (in->layer == full)
+        begin_slot(policy, sequence, least(policy->config.cluster_kv.sinks, sequence->prompt_tokens));
+    TRY(ops_aside_begin(policy->env.ops));
+    const int rc = cluster_prompt(policy, sequence, (struct range){in->layer, in->layer + 1}, &next);
+    ops_aside_end(policy->env.ops);
+    if (!rc) s->slot[sequence->slot].clustered = in->layer + 1;
+    return rc;
+}
+
 static int cluster_kv_begin(struct policy *policy, const struct policy_sequence *sequence)
 {
     struct cluster_kv *s = policy->state;
-    const struct cluster_kv_options *options = &policy->config.cluster_kv;
+    TRY(ops_aside_join(policy->env.ops));
     if (!s->slot || sequence->continues) return OK; /* a follow-up's tokens wait for their window like generated ones */
     if (policy->env.host && policy_runs(policy, sequence)) return OK; /* cluster_kv_take has begun it */
-    const int m = sequence->prompt_tokens, first = least(options->sinks, m);
+    const int m = sequence->prompt_tokens, first = least(policy->config.cluster_kv.sinks, m);
     struct slot *own = &s->slot[sequence->slot];
+    struct range layers = all_layers(policy);
+    if (goes_aside(policy, sequence) && own->clustered > layers.first) layers.first = own->clustered;
     begin_slot(policy, sequence, first);
     if (policy->env.host) TRY(forget_recent(policy, sequence->slot));
-    own->n_blocks = -1;
-    for (int at = first; own->runs && at < m;) {
-        const struct cluster_count n = next_piece(options, sequence, &at);
-        TRY(cluster_block(policy, sequence->slot, n, ++own->n_blocks));
+    if (own->runs) {
+        struct block next;
+        TRY(cluster_prompt(policy, sequence, layers, &next)); /* of no layer it is a count */
+        extend_lanes(s, sequence->slot, next.first_entry, next.first_cluster);
+        own->n_blocks = next.number ? next.number - 1 : 0; /* generated tokens begin with block 1 */
     }
-    if (own->n_blocks < 0) own->n_blocks = 0; /* generated tokens begin with block 1 */
     return send_state(policy, sequence->slot);
 }
 
@@ -378,7 +400,10 @@ static int cluster_kv_decode_end(struct policy *policy, const int32_t *slot, int
         if (lane->n_host + lane->end + options->window > s->clusters.max_entries ||
             lane->n_clusters + block.n_clusters > s->clusters.max_clusters)
             continue;
-        TRY(cluster_block(policy, slot[i], block, ++own->n_blocks));
+        const struct block next = {++own->n_blocks, block, lane->end, lane->n_clusters,
+                                   lane->n_host + lane->end - lane->first};
+        TRY(cluster_block(policy, slot[i], all_layers(policy), &next));
+        extend_lanes(s, slot[i], lane->end + block.n_entries, lane->n_clusters + block.n_clusters);
         own->n_waiting -= options->window;
         TRY(send_state(policy, slot[i]));
     }
@@ -423,7 +448,7 @@ int cluster_kv_take(struct policy *policy, const struct policy_sequence *sequenc
     if (most.n_entries) {
         TRY(ops_list_others(env->ops, s->evicted, m, kept, keep->stride, n_keep, m, n_lanes));
         TRY(ops_upload(env->ops, s->counted, s->host_counted, (size_t)n_lanes * sizeof *s->counted));
-        TRY(draw_centres(policy, sequence->slot, s->host_counted, most, 0));
+        TRY(draw_centres(policy, sequence->slot, all_layers(policy), s->host_counted, most, 0));
         const struct cluster_job job = {.slot = sequence->slot,
                                         .n_entries = most.n_entries,
                                         .n_clusters = most.n_clusters,
@@ -499,7 +524,8 @@ static struct policy_reads cluster_kv_reads(const struct policy *policy, const s
     const int blocks = policy->beside ? 0 : before / options->window, clustered = keys + blocks * options->window;
     int n_clusters = blocks * least(options->window_clusters, options->window);
     if (policy->env.host) n_clusters += keys ? cluster_kv_count(options, m, keys) : 0;
-    for (int at = m - keys; !policy->env.host && at < m;) n_clusters += next_piece(options, sequence, &at).n_clusters;
+    for (int at = m - keys; !policy->env.host && at < m;)
+        n_clusters += cluster_kv_next_piece(options, sequence, &at).n_clusters;
     /* Tokens that neither left nor are in clusters; kept is a mean over layers of which the first are whole. */
     const double lane = (policy->beside ? kept + keys : m) + before + 1, chosen = least(budget, clustered);
     const int full = least(options->full_layers, env->n_layers), layers = env->n_layers - full;
@@ -518,6 +544,7 @@ const struct policy_vt policy_cluster_kv = {
     .paper = "ClusterKV, arXiv 2412.03213",
     .open = cluster_kv_open,
     .close = cluster_kv_close,
+    .prefill_layer = cluster_kv_prefill_layer,
     .begin_decode = cluster_kv_begin,
     .decode_attention = cluster_kv_attend,
     .decode_end = cluster_kv_decode_end,
