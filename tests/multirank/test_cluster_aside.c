@@ -116,14 +116,14 @@ static void generate(struct long_prompts *e, int slot, int other)
 /* Two prompts that end in one step, against the same two clustered at their ends. */
 static void check_layers(int single_text, const int length[2], bool aside)
 {
-    static const struct image_span spans[] = {{20, 4100}};
+    static const struct image_span spans[] = {{20, 2000}, {2100, 4100}};
     struct long_prompts e = open_prompts();
     struct policy_sequence sequence[SLOTS];
     open_its_policy(&e, single_text);
     for (int s = 0; s < SLOTS; s++)
         sequence[s] = (struct policy_sequence){.slot = s,
                                                .prompt_tokens = length[s % 2],
-                                               .n_spans = 1,
+                                               .n_spans = 2,
                                                .spans = spans,
                                                .budget = {0.1, 0},
                                                .seed = (uint64_t)(7 + s % 2)};
@@ -153,8 +153,8 @@ static void test_layers(void)
 /* The same prompts, shorter by a token, or cut into more pieces than they have keys for: all at the end. */
 static void test_short(void)
 {
-    check_layers(0, (const int[]){SINKS + FEWEST_KEYS - 1, 300}, false);
-    check_layers(400, (const int[]){LONGEST - WINDOW, LONGEST - WINDOW - 5}, false);
+    check_layers(0, (const int[]){SINKS + FEWEST_KEYS - 1, 700}, false);
+    check_layers(600, (const int[]){LONGEST - WINDOW, LONGEST - WINDOW - 5}, false);
 }
 
 /* A step that breaks off behind some layers: what comes to the slot afterwards, long or short, is clustered whole. */
