@@ -128,6 +128,15 @@ struct shape {
     int dim, n_kv_heads, layers, first_entry, n_entries, n_clusters, iterations;
 };
 
+/* First centres of all lanes, without repeats: a stride through the entries. */
+static void draw(struct cuda_fixture *f, int32_t *centre, int lanes, int n_entries, int n_clusters)
+{
+    for (int i = 0; i < lanes; i++) {
+        const int step = n_entries / n_clusters, first = fixture_int(f->cpu, 0, step - 1);
+        for (int j = 0; j < n_clusters; j++) centre[i * n_clusters + j] = first + j * step;
+    }
+}
+
 static void compare_clusters(struct cuda_fixture *f, struct shape s)
 {
     const int lanes = s.n_kv_heads * s.layers, length = s.first_entry + s.n_entries + 3, max_pages = length / 16 + 1;
@@ -140,10 +149,7 @@ static void compare_clusters(struct cuda_fixture *f, struct shape s)
         const struct attention_heads heads = {s.n_kv_heads, s.n_kv_heads, s.dim, 1 + l * s.n_kv_heads, 1};
         cache_fill(f, &c, &heads, 1, length);
     }
-    for (int i = 0; i < lanes; i++) { /* without repeats: a stride through the entries */
-        const int step = s.n_entries / s.n_clusters, first = fixture_int(f->cpu, 0, step - 1);
-        for (int j = 0; j < s.n_clusters; j++) centre[i * s.n_clusters + j] = first + j * step;
-    }
+    draw(f, centre, lanes, s.n_entries, s.n_clusters);
     struct pair p = pair_of(f, centre, (size_t)(lanes * s.n_clusters) * sizeof *centre);
     struct cluster_job gpu = {.slot = 1,
                               .first_entry = s.first_entry,
@@ -166,6 +172,76 @@ static void compare_clusters(struct cuda_fixture *f, struct shape s)
                            (size_t)(x.centroid.span + 2 * cuda_guard(f)) * dtype_size(f->dtype)));
     cuda_clear(f);
 }
+
+/* ---- some of the lanes, aside ---- */
+
+/* A layer's lanes after the other, as a prompt's last step issues them: layer l + 1 gets its keys while layer l is
+ * clustered aside, its first centres uploaded there; and uploads on both sides that take the ring of pinned memory
+ * around. What all lanes at once come to are the bits to be had. */
+static void compare_layers(struct cuda_fixture *f, struct shape s, size_t beside)
+{
+    const int lanes = s.n_kv_heads * s.layers, length = s.first_entry + s.n_entries, max_pages = length / 16 + 1;
+    struct cache c = cache_take(f, 2, lanes + 1, max_pages, max_pages * (lanes + 1), 16, s.dim, STALE_NAN);
+    struct clusters want = clusters_take(f, &c, 1, lanes, s.n_clusters + 5, s.n_entries + 7),
+                    got = clusters_take(f, &c, 1, lanes, s.n_clusters + 5, s.n_entries + 7);
+    int32_t *centre = fixture_take(f->cpu, (size_t)(lanes * s.n_clusters) * sizeof *centre);
+    struct cluster_job job = {.slot = 1,
+                              .first_entry = s.first_entry,
+                              .n_entries = s.n_entries,
+                              .first_cluster = 3,
+                              .n_clusters = s.n_clusters,
+                              .first_place = 2,
+                              .iterations = s.iterations};
+    cuda_what(f, "%d layers aside, %d entries in %d clusters, %d lanes of %d, %zu bytes beside", s.layers, s.n_entries,
+              s.n_clusters, lanes, s.dim, beside);
+    draw(f, centre, lanes, s.n_entries, s.n_clusters);
+    const size_t bytes = (size_t)(s.n_kv_heads * s.n_clusters) * sizeof *centre;
+    struct pair all = pair_of(f, centre, bytes * (size_t)s.layers),
+                other = pair_floats(f, (int64_t)beside / 4 + 1, 1, 0);
+    void *room = cuda_take(f, bytes);
+    RUN(f, ops_zero(&f->gpu, other.gpu, other.bytes));
+    for (int l = 0; l < s.layers; l++) {
+        const struct attention_heads heads = {s.n_kv_heads, s.n_kv_heads, s.dim, 1 + l * s.n_kv_heads, 1};
+        cache_fill(f, &c, &heads, 1, length);
+        job.first_lane = l * s.n_kv_heads, job.n_lanes = s.n_kv_heads, job.centre = room;
+        RUN(f, ops_aside_begin(&f->gpu));
+        RUN(f, ops_upload(&f->gpu, room, centre + (int64_t)job.first_lane * s.n_clusters, bytes));
+        RUN(f, ops_cluster_keys(&f->gpu, &c.gpu, &got.gpu, &job));
+        ops_aside_end(&f->gpu);
+        RUN(f, ops_upload(&f->gpu, other.gpu, other.cpu, other.bytes));
+    }
+    RUN(f, ops_aside_join(&f->gpu));
+    const void *size = pair_fetch(f, got.size), *entry = pair_fetch(f, got.entry);
+    const void *centroid = twin_fetch(f, got.centroid);
+    job.first_lane = job.n_lanes = 0, job.centre = all.gpu;
+    RUN(f, ops_cluster_keys(&f->gpu, &c.gpu, &want.gpu, &job));
+    EXPECT(f, fixture_same(size, pair_fetch(f, want.size), want.size.bytes));
+    EXPECT(f, fixture_same(entry, pair_fetch(f, want.entry), want.entry.bytes));
+    EXPECT(f, fixture_same(centroid, twin_fetch(f, want.centroid),
+                           (size_t)(want.centroid.span + 2 * cuda_guard(f)) * dtype_size(f->dtype)));
+    pair_check(f, other, "what was uploaded beside");
+    cuda_clear(f);
+}
+
+static void test_aside(void)
+{
+    struct cuda_fixture *f = cuda_begin(3);
+    RUN(f, ops_aside_join(&f->gpu)); /* of nothing */
+    compare_layers(f, (struct shape){64, 2, 3, 5, 90, 8, 3}, 1000);
+    if (f->effort > QUICK) {
+        compare_layers(f, (struct shape){128, 8, 4, 16, 4100, 51, 20}, 9 << 20);
+        compare_layers(f, (struct shape){128, 1, 6, 16, 4100, 51, 5}, 1 << 20);
+        compare_layers(f, (struct shape){72, 3, 12, 16, 700, 9, 20}, 9 << 20);
+    }
+    RUN(f, ops_aside_begin(&f->gpu));
+    EXPECT(f, ops_aside_begin(&f->gpu) == ERR_BUG && ops_aside_join(&f->gpu) == ERR_BUG);
+    ops_aside_end(&f->gpu);
+    ops_aside_end(&f->gpu); /* nothing to end */
+    RUN(f, ops_finish(&f->gpu));
+    cuda_end(f);
+}
+
+/* ---- all lanes ---- */
 
 static void test_clusters(void)
 {
@@ -307,6 +383,7 @@ static void test_choice(void)
 
 int main(int argc, char **argv)
 {
-    const struct check_case cases[] = {{"clusters", test_clusters}, {"choice of clusters", test_choice}, {0}};
+    const struct check_case cases[] = {
+        {"clusters", test_clusters}, {"some lanes aside", test_aside}, {"choice of clusters", test_choice}, {0}};
     return cuda_main("cuda_cluster", cases, argc, argv);
 }
