@@ -84,7 +84,9 @@ int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int strid
         heads->lane + heads->n_kv_heads > clusters->first_lane + clusters->n_lanes)
         FAIL(ERR_ARG, "%s: a layer of lanes %d .. %d, clusters are of %d .. %d", op, heads->lane,
              heads->lane + heads->n_kv_heads, clusters->first_lane, clusters->first_lane + clusters->n_lanes);
-    if (stride < 1) FAIL(ERR_ARG, "%s: lists of %d entries", op, stride);
+    if (stride < clusters->max_clusters)
+        FAIL(ERR_ARG, "%s: lists of %d entries, expected room for a lane's clusters (%d)", op, stride,
+             clusters->max_clusters);
     if (!batch->n_seqs) return OK;
     POINTER(entry);
     POINTER(count);

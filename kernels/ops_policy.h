@@ -40,8 +40,9 @@ int ops_aside_join(struct ops *o) MUST_CHECK;
  * fewer), and all behind them. Clusters come in falling order of their scores (enum cluster_kv_group; equal: the lower
  * cluster), entries within in theirs; the last cluster is cut. q [n, n_heads, head_dim], after kv_append. count -1 (the
  * whole lane) where the lane has no clusters, or where the budget takes them all and none is in host memory; 0 for a
- * padding row. The order of a list is fixed but means nothing. stride: room of a list; what a lane's list takes more
- * than that is a bug, and its whole lane is read. Device work only. */
+ * padding row. The order of a list is fixed but means nothing; what lies behind its end too. stride: room of a list, no
+ * less than a lane has clusters; what a lane's list takes more than that is a bug, and its whole lane is read. Device
+ * work only. */
 int ops_select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
                         enum cluster_kv_group by, const struct seq_batch *batch, const struct kv_view *kv,
                         const struct attention_heads *heads, const struct kv_clusters *clusters) MUST_CHECK;

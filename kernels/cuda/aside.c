@@ -1,7 +1,7 @@
 /* What runs beside the ops: a second stream that changes places with the first one while ops are issued to it.
  *
- * Its priority is the lowest, which is the first one's too, so that neither is kept from the device while the other has
- * work. A kernel that may begin before its predecessor ends (cuda__launch) is let in by a kernel of its own stream;
+ * Its priority is the lowest, the first one's the highest: what runs aside takes the multiprocessors that the ops
+ * leave. A kernel that may begin before its predecessor ends (cuda__launch) is let in by a kernel of its own stream;
  * whether it would also overtake an event that its stream waits for is not written down, so the first one behind an
  * event is launched as one that may not. */
 #include "kernels/cuda/cuda.h"
@@ -12,6 +12,7 @@ int cuda__aside_open(struct cuda *c)
 {
     int lowest = 0, highest = 0;
     CUDA_TRY(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+    CUDA_TRY(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, highest));
     CUDA_TRY(cudaStreamCreateWithPriority(&c->aside, cudaStreamNonBlocking, lowest));
     for (int i = BEGIN; i <= JOIN; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->aside_event[i], cudaEventDisableTiming));
     return OK;

@@ -1,12 +1,21 @@
-/* Which clusters of keys a decode step attends to (ClusterKV). A block a list (of a row's KV head, or query head): the
- * clusters' scores, the cut of their order at the budget, the entries.
+/* Which clusters of keys a decode step attends to (ClusterKV), a list for each KV head of a row, or query head. Two
+ * kernels: the clusters' scores, by blocks of 64 clusters, for few rows must fill the device too; then a block a list
+ * cuts their order at the budget and writes the entries. Between them the scores stand where the list will.
  *
  * The order itself is never made. The score at which the sizes of all better clusters reach the budget is found by
  * summing sizes over digits of the scores' keys from the top, in integers; the list then follows the clusters'
  * numbers. */
 #include "kernels/cuda/select.cuh"
 
-enum { WARP = 32, THREADS = 512, WARPS = THREADS / WARP, PIECES = 16, WIDEST = 128, MOST_GROUP = 16, DIGITS = 256 };
+enum { WARP = 32, THREADS = 512, WARPS = THREADS / WARP, WIDEST = 128, MOST_GROUP = 16, DIGITS = 256 };
+enum {
+    SCORE_THREADS = 256,
+    PIECES = 16, /* threads a centroid, 8 dimensions each */
+    ABREAST = SCORE_THREADS / PIECES,
+    HELD = 4,     /* centroids of a thread, all asked for before the first is used */
+    TOGETHER = 4, /* query heads in registers */
+    SCORED = ABREAST * HELD
+};
 
 struct select_arguments {
     struct kv_view kv;
@@ -17,15 +26,92 @@ struct select_arguments {
     int32_t *out, *count;
     int stride, lane, first_lane, n_lanes, max_clusters, max_entries;
     int n_lists, lane_lists, group; /* lists of a row, lists of a lane, query heads of a list */
+    int n_parts;                    /* blocks of SCORED clusters of a list */
     bool mean;
 };
 
+/* Where the lane of a list is found. What is read here changes between steps alone. */
+struct listed {
+    int slot, head;
+    int64_t row; /* in the arrays of kv_clusters */
+};
+
+__device__ static bool find_listed(const struct select_arguments &a, int item, struct listed *l)
+{
+    l->slot = __ldcg(&a.slot[item / a.n_lists]);
+    l->head = a.lane + item % a.n_lists / a.lane_lists;
+    l->row = (int64_t)l->slot * a.n_lanes + l->head - a.first_lane;
+    return l->slot >= 0 && l->slot < a.kv.n_slots;
+}
+
+/* ---- scores ---- */
+
+/* The scores of a thread's centroids, of which it has 8 dimensions; whole warp. */
+template <typename T>
+__device__ static void score_held(const struct select_arguments &a, const T *q, const uint4 *held, float *score)
+{
+    const int dim = a.kv.head_dim, d = 8 * ((int)threadIdx.x % PIECES);
+    for (int first = 0; first < a.group; first += TOGETHER) {
+        float query[TOGETHER][8] = {};
+#pragma unroll
+        for (int g = 0; g < TOGETHER; g++)
+            if (first + g < a.group && d < dim) unpack8<T>(*(const uint4 *)(q + (first + g) * dim + d), query[g]);
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            float centre[8];
+            unpack8<T>(held[i], centre);
+#pragma unroll
+            for (int g = 0; g < TOGETHER; g++) {
+                float sum = 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum += query[g][j] * centre[j];
+#pragma unroll
+                for (int step = PIECES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+                if (first + g >= a.group) continue;
+                if (a.mean)
+                    score[i] += sum / (float)a.group;
+                else if (first + g == 0 || sum > score[i])
+                    score[i] = sum;
+            }
+        }
+    }
+}
+
+/* Centroids are asked for before the step's queries are there. */
+template <typename T> __global__ static void __launch_bounds__(SCORE_THREADS) score_kernel(struct select_arguments a)
+{
+    let_successor_start();
+    const int item = (int)blockIdx.x / a.n_parts, piece = (int)threadIdx.x % PIECES, dim = a.kv.head_dim;
+    const int part = (int)blockIdx.x % a.n_parts * SCORED, first = part + (int)threadIdx.x / PIECES;
+    struct listed l;
+    const int n = find_listed(a, item, &l) ? min(__ldcg(&a.state[l.row].n_clusters), a.max_clusters) : 0;
+    const T *centroid = (const T *)a.centroid + l.row * a.max_clusters * dim + 8 * piece;
+    uint4 held[HELD];
+    float score[HELD] = {};
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int c = first + i * ABREAST;
+        held[i] =
+            c < n && 8 * piece < dim ? __ldcg((const uint4 *)(centroid + (int64_t)c * dim)) : make_uint4(0, 0, 0, 0);
+    }
+    wait_for_predecessor();
+    if (part >= n) return;
+    score_held<T>(a, (const T *)a.q + item / a.n_lists * a.q_stride + (int64_t)(item % a.n_lists) * a.group * dim, held,
+                  score);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int c = first + i * ABREAST;
+        if (c < n && piece == 0) a.out[(int64_t)item * a.stride + c] = (int32_t)select_key(score[i]);
+    }
+}
+
+/* ---- the choice ---- */
+
 /* Shared memory of a block. */
 struct choice {
-    float q[MOST_GROUP][WIDEST];
     uint32_t key[MOST_CLUSTERS]; /* rises with the score */
     int size[MOST_CLUSTERS];
-    int start[THREADS], taken[THREADS], place[THREADS];
+    int start[THREADS], place[THREADS];
     int digit[DIGITS], part[WARPS + 1];
     uint32_t cut;
     int left;
@@ -49,35 +135,6 @@ __device__ static int before(struct choice *s, int x, int *total)
     }
     *total = all;
     return sum + upto - x;
-}
-
-/* Scores of all clusters, 16 threads a centroid, 8 dimensions each. */
-template <typename T>
-__device__ static void score_clusters(const struct select_arguments &a, struct choice *s, int64_t row, int n)
-{
-    const int dim = a.kv.head_dim, piece = (int)threadIdx.x % PIECES;
-    const T *centroid = (const T *)a.centroid + row * a.max_clusters * dim;
-    const int32_t *size = a.size + row * a.max_clusters;
-#pragma unroll 2
-    for (int first = 0; first < n; first += THREADS / PIECES) {
-        const int c = first + (int)threadIdx.x / PIECES;
-        const bool there = c < n && 8 * piece < dim;
-        float centre[8] = {}, score = 0;
-        if (there) unpack8<T>(*(const uint4 *)(centroid + (int64_t)c * dim + 8 * piece), centre);
-        for (int g = 0; g < a.group; g++) {
-            float sum = 0;
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum += s->q[g][8 * piece + j] * centre[j];
-#pragma unroll
-            for (int step = PIECES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (a.mean)
-                score += sum / (float)a.group;
-            else if (g == 0 || sum > score)
-                score = sum;
-        }
-        if (c < n && piece == 0) s->key[c] = select_key(score), s->size[c] = size[c];
-    }
-    __syncthreads();
 }
 
 /* The digit at which the sizes, added from the highest digit down, reach s->left; takes off what lies above. One warp,
@@ -119,7 +176,21 @@ __device__ static void find_cut(struct choice *s, int n, int budget)
     }
 }
 
-/* The entries of the chosen clusters to out, in the order of the clusters' numbers; a warp a cluster. */
+/* The cluster of the batch that place `at` of the list falls to: the last one that begins there or before. */
+__device__ static int cluster_at(const struct choice *s, int n, int at)
+{
+    int low = 0;
+    for (int high = n; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        if (s->place[middle] <= at)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The entries of the chosen clusters to out, in the order of the clusters' numbers. */
 __device__ static void write_clusters(struct choice *s, int n, const int32_t *entry, int32_t *out)
 {
     const int thread = (int)threadIdx.x;
@@ -132,49 +203,49 @@ __device__ static void write_clusters(struct choice *s, int n, const int32_t *en
         const int rest = s->left - tied - before(s, equal ? size : 0, &total);
         tied += total;
         const int taken = better ? size : !equal || rest < 0 ? 0 : rest < size ? rest : size;
-        s->taken[thread] = taken;
-        s->place[thread] = place + before(s, taken, &total);
-        place += total;
+        s->place[thread] = before(s, taken, &total);
         __syncthreads();
-        for (int i = thread / WARP; i < THREADS && first + i < n; i += WARPS)
-            for (int j = thread % WARP; j < s->taken[i]; j += WARP) out[s->place[i] + j] = entry[s->start[i] + j];
+        for (int at = thread; at < total; at += THREADS) {
+            const int i = cluster_at(s, THREADS, at);
+            out[place + at] = entry[s->start[i] + at - s->place[i]];
+        }
+        place += total;
         __syncthreads();
     }
 }
 
-template <typename T> __global__ static void __launch_bounds__(THREADS) select_kernel(struct select_arguments a)
+__global__ static void __launch_bounds__(THREADS) select_kernel(struct select_arguments a)
 {
     __shared__ struct choice s;
     let_successor_start();
+    const int item = (int)blockIdx.x, thread = (int)threadIdx.x;
+    int32_t *out = a.out + (int64_t)item * a.stride;
+    struct listed l;
+    struct cluster_state state = {};
+    const bool there = find_listed(a, item, &l);
+    if (there) state = a.state[l.row];
+    const int n = state.n_clusters;
+    for (int c = thread; c < n && c < a.max_clusters; c += THREADS)
+        s.size[c] = __ldcg(&a.size[l.row * a.max_clusters + c]);
     wait_for_predecessor();
-    const int item = (int)blockIdx.x, row_list = item % a.n_lists, head = row_list / a.lane_lists;
-    const int slot = a.slot[item / a.n_lists];
-    if (slot < 0 || slot >= a.kv.n_slots) {
-        if (threadIdx.x == 0) a.count[item] = 0;
+    if (!there) {
+        if (thread == 0) a.count[item] = 0;
         return;
     }
-    const int64_t row = (int64_t)slot * a.n_lanes + a.lane + head - a.first_lane;
-    const struct cluster_state state = a.state[row];
-    const int length = a.kv.lane_len[cache_lane(a.kv, slot, a.lane + head)], n = state.n_clusters;
+    const int length = a.kv.lane_len[cache_lane(a.kv, l.slot, l.head)];
     const int clustered = state.end - state.first + state.n_host;
     const int budget = state.budget < clustered ? state.budget : clustered;
     const int listed = state.first + budget + length - state.end;
     const bool whole = n < 1 || n > a.max_clusters || budget < 1 || (budget == clustered && state.n_host == 0) ||
                        length < state.end || listed > a.stride;
-    if (threadIdx.x == 0) a.count[item] = whole ? -1 : listed;
+    if (thread == 0) a.count[item] = whole ? -1 : listed;
     if (whole) return;
-    const T *q = (const T *)a.q + item / a.n_lists * a.q_stride + (int64_t)row_list * a.group * a.kv.head_dim;
-    int32_t *out = a.out + (int64_t)item * a.stride;
-    for (int i = (int)threadIdx.x; i < a.group * WIDEST; i += THREADS) {
-        const int g = i / WIDEST, d = i % WIDEST;
-        s.q[g][d] = d < a.kv.head_dim ? to_float(q[g * a.kv.head_dim + d]) : 0;
-    }
+    for (int c = thread; c < n; c += THREADS) s.key[c] = (uint32_t)out[c];
     __syncthreads();
-    score_clusters<T>(a, &s, row, n);
     find_cut(&s, n, budget);
-    write_clusters(&s, n, a.entry + row * a.max_entries, out + state.first);
-    for (int i = (int)threadIdx.x; i < state.first; i += THREADS) out[i] = i;
-    for (int i = (int)threadIdx.x; i < length - state.end; i += THREADS) out[state.first + budget + i] = state.end + i;
+    write_clusters(&s, n, a.entry + l.row * a.max_entries, out + state.first);
+    for (int i = thread; i < state.first; i += THREADS) out[i] = i;
+    for (int i = thread; i < length - state.end; i += THREADS) out[state.first + budget + i] = state.end + i;
 }
 
 int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int stride, struct tensor q,
@@ -189,6 +260,8 @@ int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int str
              "cuda: clusters of keys of %d dimensions, %d query heads that share a list; served are steps of 8 up to "
              "%d and up to %d heads",
              kv->head_dim, group, WIDEST, MOST_GROUP);
+    if (((uint64_t)q.data | (uint64_t)q.stride[0] * dtype_size(q.dtype)) % 16)
+        FAIL(ERR_UNSUPPORTED, "cuda: ops_select_clusters: queries that do not lie in whole pieces of 16 bytes");
     a.kv = *kv;
     a.q = q.data, a.q_stride = q.stride[0];
     a.centroid = clusters->centroid.data, a.size = clusters->size, a.entry = clusters->entry;
@@ -198,7 +271,10 @@ int cuda__select_clusters(struct ops *o, int32_t *entry, int32_t *count, int str
     a.first_lane = clusters->first_lane, a.n_lanes = clusters->n_lanes;
     a.max_clusters = clusters->max_clusters, a.max_entries = clusters->max_entries;
     a.mean = by == CLUSTER_KV_MEAN;
+    a.n_parts = (clusters->max_clusters + SCORED - 1) / SCORED;
+    const int items = batch->n_seqs * n_lists;
     WITH_TYPE(o->dtype, T,
-              return cuda__launch(o, "select_clusters", select_kernel<T>, dim3((unsigned)(batch->n_seqs * n_lists)),
-                                  dim3(THREADS), 0, a));
+              TRY(cuda__launch(o, "cluster_scores", score_kernel<T>, dim3((unsigned)items * (unsigned)a.n_parts),
+                               dim3(SCORE_THREADS), 0, a)));
+    return cuda__launch(o, "select_clusters", select_kernel, dim3((unsigned)items), dim3(THREADS), 0, a);
 }

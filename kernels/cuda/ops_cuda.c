@@ -46,9 +46,8 @@ static int open_parts(struct ops *o, struct cuda *c)
 {
     CUDA_TRY(cudaSetDevice(c->device));
     TRY(check_device(c));
-    CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
-    CUDA_TRY(cudaStreamCreateWithFlags(&c->copy_stream, cudaStreamNonBlocking));
     TRY(cuda__aside_open(c));
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->copy_stream, cudaStreamNonBlocking));
     for (int i = 0; i < CUDA_MARKS; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->mark[i], cudaEventDisableTiming));
     o->stream = c->stream;
     TRY(cuda__upload_open(c));
