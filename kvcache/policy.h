@@ -98,6 +98,7 @@ struct cluster_kv_options {
     int window_clusters;    /* how many they become, 4 */
     int group;              /* enum cluster_kv_group: whose lists, by which scores of the query heads */
     int single_text;        /* last text tokens of a prompt that are each a cluster of its own, 0 */
+    int overlap;            /* nonzero: long prompts are clustered layer by layer, beside the layers behind, 0 */
 };
 
 /* Options of Expected Attention. */

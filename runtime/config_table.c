@@ -159,6 +159,9 @@ static const struct config_key table[] = {
            "whose lists: a KV head's, by the largest or mean score of its query heads, or each query head's own"),
     NUMBER(CLUSTER_KV("single_text"), CONFIG_INT, kv_cache.cluster_kv.single_text, "0", 0, 1024,
            "last text tokens of a prompt, counted from its end, that are each a cluster of its own"),
+    CHOICE(CLUSTER_KV("overlap"), kv_cache.cluster_kv.overlap, "off", switch_names, 0,
+           "on: cluster the layers of prompts of 4,096 tokens and more beside the computation of the layers behind "
+           "them, not at the prompt's end"),
     NUMBER(EXPECTED("sinks"), CONFIG_INT, kv_cache.expected_attention.sinks, "4", 0, 1 << 20,
            "first tokens of a prompt that stay, and whose queries do not count"),
     NUMBER(EXPECTED("future"), CONFIG_INT, kv_cache.expected_attention.future, "512", 1, 1 << 20,

@@ -6,8 +6,8 @@
  * a KV head or of each query head: where the entries lie is not this file's business. KV heads are clustered one by one
  * and seeded by their number over all ranks, so nothing is said between ranks. A prompt's last text tokens may be
  * clusters of one token each (single_text): a key of text that lies among those of image patches is lost in their mean.
- * A long prompt's layers are clustered one by one, beside the layers that follow, a short one's together at its end:
- * the same clusters.
+ * A prompt's layers are clustered together at its end or, a long one's with overlap on, one by one beside the layers
+ * that follow: the same clusters.
  *
  * With kv_cache.evicted: host the prompt's clustered tokens lie in host memory and the lanes keep the sinks and what is
  * generated. What the lists then name is an entry of either. The same stands beside a policy that evicts: it clusters
@@ -21,9 +21,9 @@
 
 static const char label[] = "policy state";
 
-/* Keys of a lane from which on, for each piece of the prompt, a layer's lanes are clustered by themselves: fewer leave
- * most of a GPU idle (a block takes 256 keys of a lane), and each layer's launches take longer than to cluster all
- * layers at once. */
+/* Keys of a lane from which on, for each piece of the prompt, a layer's lanes are clustered by themselves where overlap
+ * is on: fewer leave most of a GPU idle (a block takes 256 keys of a lane), and each layer's launches take longer than
+ * to cluster all layers at once. */
 enum { LEAST_ASIDE = 4096 };
 
 /* Host's view of a slot. */
@@ -338,6 +338,7 @@ static bool goes_aside(const struct policy *policy, const struct policy_sequence
     const struct cluster_kv_options *options = &policy->config.cluster_kv;
     const int m = sequence->prompt_tokens, first = least(options->sinks, m);
     int64_t n_means = 0; /* pieces with rounds of k-means */
+    if (!options->overlap) return false;
     if (policy->env.host || policy->beside || sequence->continues || m - first < LEAST_ASIDE) return false;
     for (int at = first; at < m;) {
         const struct cluster_count n = cluster_kv_next_piece(options, sequence, &at);

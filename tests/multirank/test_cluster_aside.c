@@ -1,6 +1,7 @@
-/* test_cluster_aside - ClusterKV of long prompts, whose layers are clustered one by one as the prompt's last step comes
- * to them: the same clusters as at the prompt's end, with the heads dealt over 1 to 4 ranks; that they are made then,
- * not later; and that nothing of a step that broke off is left. */
+/* test_cluster_aside - ClusterKV of long prompts with overlap on, whose layers are clustered one by one as the prompt's
+ * last step comes to them: the same clusters as at the prompt's end, with the heads dealt over 1 to 4 ranks; that they
+ * are made then, not later, and with overlap off at the end alone; and that nothing of a step that broke off is left.
+ */
 #include "kvcache/cluster_kv.h"
 #include "tests/policy_fixture.h"
 
@@ -28,7 +29,7 @@ static struct long_prompts open_prompts(void)
     return e;
 }
 
-static void open_its_policy(struct long_prompts *e, int single_text)
+static void open_its_policy(struct long_prompts *e, int single_text, bool overlap)
 {
     const struct policy_env env = {.ops = &e->f->ops,
                                    .comm = comm,
@@ -41,7 +42,7 @@ static void open_its_policy(struct long_prompts *e, int single_text)
     const struct policy_config config = {
         .policy = "cluster_kv",
         .budget = {0.1, 0},
-        .cluster_kv = {SINKS, FULL_LAYERS, 300, 3, WINDOW, 4, CLUSTER_KV_MAX, single_text}};
+        .cluster_kv = {SINKS, FULL_LAYERS, 300, 3, WINDOW, 4, CLUSTER_KV_MAX, single_text, overlap}};
     struct arena arena;
     arena_measure(&arena);
     CHECK_OK(policy_open(&e->policy, &config, &env, &arena));
@@ -113,13 +114,21 @@ static void generate(struct long_prompts *e, int slot, int other)
     for (int i = 0; i < WINDOW; i++) CHECK_OK(e->policy.vt->decode_end(&e->policy, slots, 2));
 }
 
-/* Two prompts that end in one step, against the same two clustered at their ends. */
-static void check_layers(int single_text, const int length[2], bool aside)
+/* The size of the first cluster of a slot. */
+static int32_t *first_size(const struct long_prompts *e, int slot)
+{
+    const struct kv_clusters *c = cluster_kv_clusters(&e->policy);
+    return c->size + (int64_t)slot * c->n_lanes * c->max_clusters;
+}
+
+/* Two prompts that end in one step, against the same two clustered at their ends; aside: whether the first two are
+ * clustered before their ends. */
+static void check_layers(int single_text, bool overlap, const int length[2], bool aside)
 {
     static const struct image_span spans[] = {{20, 2000}, {2100, 4100}};
     struct long_prompts e = open_prompts();
     struct policy_sequence sequence[SLOTS];
-    open_its_policy(&e, single_text);
+    open_its_policy(&e, single_text, overlap);
     for (int s = 0; s < SLOTS; s++)
         sequence[s] = (struct policy_sequence){.slot = s,
                                                .prompt_tokens = length[s % 2],
@@ -127,10 +136,12 @@ static void check_layers(int single_text, const int length[2], bool aside)
                                                .spans = spans,
                                                .budget = {0.1, 0},
                                                .seed = (uint64_t)(7 + s % 2)};
+    for (int s = 0; s < 2; s++) *first_size(&e, s) = -1;
     for (int l = 0; l < LAYERS; l++) {
         for (int s = 0; s < 2; s++) append_to_both(&e, l, s, s + 2, length[s]);
         for (int s = 0; s < 2; s++) show_layer(&e, &sequence[s], l);
     }
+    for (int s = 0; s < 2; s++) CHECK((*first_size(&e, s) != -1) == aside);
     for (int s = 0; s < 2; s++) spoil_keys(&e, s);
     for (int s = 0; s < SLOTS; s++) CHECK_OK(e.policy.vt->begin_decode(&e.policy, &sequence[s]));
     for (int s = 0; s < 2; s++) CHECK(same_clusters(&e, s, s + 2) == aside);
@@ -146,15 +157,22 @@ static void check_layers(int single_text, const int length[2], bool aside)
 
 static void test_layers(void)
 {
-    check_layers(0, (const int[]){SINKS + FEWEST_KEYS, LONGEST - WINDOW}, true);
-    check_layers(7, (const int[]){LONGEST - WINDOW - 90, SINKS + FEWEST_KEYS}, true);
+    check_layers(0, true, (const int[]){SINKS + FEWEST_KEYS, LONGEST - WINDOW}, true);
+    check_layers(7, true, (const int[]){LONGEST - WINDOW - 90, SINKS + FEWEST_KEYS}, true);
 }
 
 /* The same prompts, shorter by a token, or cut into more pieces than they have keys for: all at the end. */
 static void test_short(void)
 {
-    check_layers(0, (const int[]){SINKS + FEWEST_KEYS - 1, 700}, false);
-    check_layers(600, (const int[]){LONGEST - WINDOW, LONGEST - WINDOW - 5}, false);
+    check_layers(0, true, (const int[]){SINKS + FEWEST_KEYS - 1, 700}, false);
+    check_layers(600, true, (const int[]){LONGEST - WINDOW, LONGEST - WINDOW - 5}, false);
+}
+
+/* The prompts of test_layers with overlap off: the hook clusters nothing, all is clustered at the end. */
+static void test_off(void)
+{
+    check_layers(0, false, (const int[]){SINKS + FEWEST_KEYS, LONGEST - WINDOW}, false);
+    check_layers(7, false, (const int[]){LONGEST - WINDOW - 90, SINKS + FEWEST_KEYS}, false);
 }
 
 /* A step that breaks off behind some layers: what comes to the slot afterwards, long or short, is clustered whole. */
@@ -162,7 +180,7 @@ static void test_broken_off(void)
 {
     static const int next[] = {LONGEST - 100, 700};
     struct long_prompts e = open_prompts();
-    open_its_policy(&e, 0);
+    open_its_policy(&e, 0, true);
     for (int i = 0; i < 2; i++) {
         struct policy_sequence sequence = {
             .slot = 0, .prompt_tokens = SINKS + FEWEST_KEYS + 3, .budget = {0.1, 0}, .seed = 1};
@@ -189,6 +207,7 @@ int main(void)
 {
     const struct check_case cases[] = {{"layer by layer", test_layers},
                                        {"short prompts at their end", test_short},
+                                       {"off: long prompts at their end", test_off},
                                        {"a step that broke off", test_broken_off},
                                        {0}};
     return policy_tests_run("cluster_aside", cases);
