@@ -8,9 +8,9 @@
  * that FAILS on a rank (not: an agreement on somebody's error) breaks that rank's communicator: every later call
  * returns the same error at once, and the rank ends through liveness_fail, which stops the others.
  * Waiting inside a collective tests and yields, it never sleeps; only comm_broadcast_idle backs off. Who waits in the
- * control plane asks comm_poll of the device communicator that stands on it some twenty times a second: a rank whose GPU
- * is lost must not wait for ranks that wait for its GPU.
- * Calls come from one thread: the one that opened the communicator (comm_interrupt may come from any).
+ * control plane asks comm_poll of the device communicator that stands on it some twenty times a second: a rank whose
+ * GPU is lost must not wait for ranks that wait for its GPU. Calls come from one thread: the one that opened the
+ * communicator (comm_interrupt may come from any).
  *
  * On GPUs a second communicator stands on the first: comm_device_open. Its data plane works on device memory, in the
  * order of its stream; its control plane is the first one's, whose error state and phase it shares. */
