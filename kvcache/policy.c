@@ -103,7 +103,8 @@ static int check_evicted(const struct policy_config *config, const struct policy
     return OK;
 }
 
-bool policy_reads_lanes(const struct policy_config *config, const struct policy_vt *vt)
+/* Whether decode steps read the cache by ops of the policy's own, in place of the model's. */
+static bool reads_lanes(const struct policy_config *config, const struct policy_vt *vt)
 {
     if (vt == &policy_pyramid_infer) return config->pyramid_infer.generation_block > 0;
     return vt->decode_attention != NULL;
@@ -113,7 +114,7 @@ bool policy_reads_lanes(const struct policy_config *config, const struct policy_
 static int check_plain(const struct policy_config *config, const struct policy_vt *vt)
 {
     if (!kv_plain_tokens(config)) return OK;
-    if (policy_reads_lanes(config, vt))
+    if (reads_lanes(config, vt))
         FAIL(ERR_CONFIG,
              "kv_cache.plain_sinks, kv_cache.plain_window with kv_cache.policy %s: that policy's decode steps read "
              "lanes of one dtype; set both to 0, %s",

@@ -283,9 +283,6 @@ const char *policy_name(int i);
  * evicted tokens in host memory that cannot be recalled. */
 int policy_check(const struct policy_config *config) MUST_CHECK;
 
-/* policy_reads_lanes - whether decode steps read the cache by ops of the policy's own, in place of the model's. */
-bool policy_reads_lanes(const struct policy_config *config, const struct policy_vt *vt);
-
 /* policy_open - opens the configured policy, placing its state in `arena` (measure or place). policy_close undoes it.
  */
 int policy_open(struct policy *policy, const struct policy_config *config, const struct policy_env *env,

@@ -8,7 +8,7 @@
 
 enum { BEGIN, JOIN };
 
-int cuda__aside_open(struct cuda *c)
+int cuda__open_streams(struct cuda *c)
 {
     int lowest = 0, highest = 0;
     CUDA_TRY(cudaDeviceGetStreamPriorityRange(&lowest, &highest));

@@ -91,8 +91,9 @@ int cuda__attention_pieces(struct ops *o, struct tensor out, struct tensor q, fl
                            const struct seq_batch *batch, const struct kv_view *kv, const struct attention_heads *heads,
                            const int32_t *item, const int32_t *count) MUST_CHECK;
 
-/* aside.c - the second stream: see ops_aside_begin. cuda__drain - waits for both, before memory is given back. */
-int cuda__aside_open(struct cuda *c) MUST_CHECK;
+/* aside.c - the second stream: see ops_aside_begin. cuda__open_streams - makes both, whose priorities belong together.
+ * cuda__drain - waits for both, before memory is given back. */
+int cuda__open_streams(struct cuda *c) MUST_CHECK;
 void cuda__aside_close(struct cuda *c);
 int cuda__aside_begin(struct ops *o);
 void cuda__aside_end(struct ops *o);

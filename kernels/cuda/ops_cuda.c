@@ -46,7 +46,7 @@ static int open_parts(struct ops *o, struct cuda *c)
 {
     CUDA_TRY(cudaSetDevice(c->device));
     TRY(check_device(c));
-    TRY(cuda__aside_open(c));
+    TRY(cuda__open_streams(c));
     CUDA_TRY(cudaStreamCreateWithFlags(&c->copy_stream, cudaStreamNonBlocking));
     for (int i = 0; i < CUDA_MARKS; i++) CUDA_TRY(cudaEventCreateWithFlags(&c->mark[i], cudaEventDisableTiming));
     o->stream = c->stream;

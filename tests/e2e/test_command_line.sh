@@ -53,7 +53,8 @@ expect 2 "budget" "$vitrail" generate --config configs/demo.yaml --kv-budget 0.1
 
 # Lanes in 8 bits go with policies that read them by ops of their own, on either kind of device.
 for device in cpu cuda; do
-    expect 0 "it fits" "$vitrail" plan --config configs/demo.yaml --gpus 1 --kv-policy quest --kv-cache-dtype fp8 --device $device
+    expect 0 "it fits" "$vitrail" plan --config configs/demo.yaml --gpus 1 --kv-policy quest --kv-cache-dtype fp8 \
+        --device $device
 done
 
 # What --print-config prints is a configuration that gives the same; options win over the file.
